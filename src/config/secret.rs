@@ -1,0 +1,149 @@
+//! Secrets: named in the YAML as `env:NAME` or `file:path`, never written there.
+//!
+//! **Invariant:** no `Debug`, `Display` or `Serialize` of anything here shows a
+//! secret's value; only [`Secret::expose`] does.
+
+use std::{borrow::Cow, fmt, path::Path, str::FromStr};
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+/// Where a secret is kept: what the YAML says.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub enum SecretRef {
+    /// `env:NAME`, an environment variable of the process.
+    Env(String),
+    /// `file:path`, a file whose content, without white space around it, is the
+    /// secret; a relative path is relative to the configuration file.
+    File(String),
+}
+
+/// Why a secret could not be read. Never holds any part of one.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    /// The variable does not exist, or is empty.
+    #[error("environment variable {0} is not set")]
+    Unset(String),
+    /// The file cannot be read.
+    #[error("file {path} cannot be read: {source}")]
+    File {
+        /// The path as it was tried.
+        path: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The file holds nothing but white space, or what no HTTP header can carry.
+    #[error("{0} is empty or not one line of printable characters")]
+    Unusable(String),
+}
+
+impl SecretRef {
+    /// Reads the secret; `base` is the folder of the configuration file.
+    ///
+    /// # Errors
+    /// [`SecretError::Unset`] is what `optional: true` forgives; the others are
+    /// mistakes in any case.
+    pub fn read(&self, base: &Path) -> Result<Secret, SecretError> {
+        let text = match self {
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "the one place that reads secrets from the environment"
+            )]
+            Self::Env(name) => match std::env::var(name) {
+                Ok(value) if !value.trim().is_empty() => value,
+                _ => return Err(SecretError::Unset(name.clone())),
+            },
+            Self::File(path) => {
+                let path = base.join(path);
+                std::fs::read_to_string(&path).map_err(|source| SecretError::File {
+                    path: path.display().to_string(),
+                    source,
+                })?
+            }
+        };
+        let text = text.trim();
+        if text.is_empty() || !text.bytes().all(|b| (0x20..0x7f).contains(&b)) {
+            return Err(SecretError::Unusable(self.to_string()));
+        }
+        Ok(Secret(text.into()))
+    }
+}
+
+impl FromStr for SecretRef {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("env", name)) if !name.is_empty() => Ok(Self::Env(name.to_owned())),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.to_owned())),
+            _ => Err("env:NAME or file:path".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for SecretRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Env(name) => write!(f, "env:{name}"),
+            Self::File(path) => write!(f, "file:{path}"),
+        }
+    }
+}
+
+impl fmt::Debug for SecretRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl<'de> Deserialize<'de> for SecretRef {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // The message must not repeat the text: somebody may have put the
+        // secret itself there.
+        let text = Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse()
+            .map_err(|expected: String| D::Error::custom(format!("expected {expected}")))
+    }
+}
+
+impl Serialize for SecretRef {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl JsonSchema for SecretRef {
+    fn schema_name() -> Cow<'static, str> {
+        "SecretRef".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "format": "secret" })
+    }
+}
+
+/// A secret's value.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Box<str>);
+
+impl Secret {
+    /// Wraps a value that was made here, such as a new client key.
+    pub fn new(value: impl Into<Box<str>>) -> Self {
+        Self(value.into())
+    }
+
+    /// Returns the value, for the one place that puts it on a wire.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}

@@ -1,0 +1,3 @@
+//! Forebay.
+pub mod config;
+pub mod error;
