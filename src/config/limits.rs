@@ -1,0 +1,85 @@
+//! `limits`: what clients may send, and how long things may take.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Size, Time};
+
+/// Bounds on one request and one connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// The largest request body; 413 beyond it.
+    #[schemars(extend("x-min" = "1KiB", "x-max" = "1GiB"))]
+    pub body: Size,
+    /// The largest request header, all fields together; 431 beyond it.
+    #[schemars(extend("x-min" = "1KiB", "x-max" = "512KiB"))]
+    pub header: Size,
+    /// The most header fields; 431 beyond it.
+    #[schemars(range(min = 10, max = 250))]
+    pub header_fields: usize,
+    /// The longest request target; 414 beyond it.
+    #[schemars(extend("x-min" = "64B", "x-max" = "64KiB"))]
+    pub uri: Size,
+    /// The deepest nesting of a JSON body; 400 beyond it.
+    #[schemars(range(min = 4, max = 120))]
+    pub json_depth: usize,
+    /// The time a client has for its whole request header.
+    #[schemars(extend("x-min" = "100ms", "x-max" = "10m"))]
+    pub header_timeout: Time,
+    /// The time a client has for its whole request body; 408 beyond it.
+    #[schemars(extend("x-min" = "100ms", "x-max" = "1h"))]
+    pub body_timeout: Time,
+    /// Tries per group; the fallback group always gets at least one.
+    #[schemars(range(min = 1, max = 20))]
+    pub attempts: u32,
+    /// From the request to the first byte of the answer (to its end if it is
+    /// not streamed).
+    #[schemars(extend("x-min" = "100ms", "x-max" = "24h"))]
+    pub total_timeout: Time,
+    /// From the first byte of a streamed answer to its end.
+    #[schemars(extend("x-min" = "100ms", "x-max" = "24h"))]
+    pub stream_timeout: Time,
+    /// How long a streaming client waits in silence before `: ping` comments begin.
+    #[schemars(extend("x-min" = "100ms", "x-max" = "10m"))]
+    pub heartbeat: Time,
+    /// How long nothing of an answer may be writable to a client that does not read.
+    #[schemars(extend("x-min" = "100ms", "x-max" = "1h"))]
+    pub write_timeout: Time,
+    /// How long an idle client connection is kept.
+    #[schemars(extend("x-min" = "1s", "x-max" = "1h"))]
+    pub keep_alive: Time,
+    /// Requests per client connection before it is closed in good order.
+    #[schemars(range(min = 1, max = 4_000_000))]
+    pub keep_alive_requests: u32,
+    /// The largest single event of a streamed answer; beyond it the stream ends
+    /// with an error event.
+    #[schemars(extend("x-min" = "4KiB", "x-max" = "64MiB"))]
+    pub event: Size,
+    /// The largest answer that is not streamed; 502 beyond it.
+    #[schemars(extend("x-min" = "64KiB", "x-max" = "1GiB"))]
+    pub answer: Size,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            body: Size::mib(32),
+            header: Size::kib(32),
+            header_fields: 100,
+            uri: Size::kib(8),
+            json_depth: 64,
+            header_timeout: Time::secs(10),
+            body_timeout: Time::secs(60),
+            attempts: 3,
+            total_timeout: Time::secs(600),
+            stream_timeout: Time::secs(1800),
+            heartbeat: Time::secs(15),
+            write_timeout: Time::secs(60),
+            keep_alive: Time::secs(75),
+            keep_alive_requests: 1000,
+            event: Size::mib(1),
+            answer: Size::mib(64),
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! `groups`: the groups, their upstreams, and what is special about each kind.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use indexmap::IndexMap;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{SecretRef, Time};
+
+/// Upstreams that can stand in for each other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(extend("required" = ["upstreams"]))]
+pub struct Group {
+    /// Whether its upstreams are on premises. An exchange that is restricted to
+    /// local groups never leaves them.
+    pub local: bool,
+    /// How one of the upstreams is chosen.
+    #[schemars(extend("format" = "strategy"))]
+    pub strategy: String,
+    /// Whether a try that may have been billed (a reset, 500, 502, 504, no
+    /// answer in time) is followed by one more elsewhere.
+    pub retry_ambiguous: bool,
+    /// How often the same upstream is asked again, after a backoff, before the
+    /// next one is.
+    #[schemars(range(max = 10))]
+    pub same_upstream_retries: u32,
+    /// The upstreams; never empty.
+    #[schemars(length(min = 1, max = 1000))]
+    pub upstreams: Vec<Upstream>,
+}
+
+impl Default for Group {
+    fn default() -> Self {
+        Self {
+            local: false,
+            strategy: "round_robin".to_owned(),
+            retry_ambiguous: true,
+            same_upstream_retries: 0,
+            upstreams: Vec::new(),
+        }
+    }
+}
+
+/// One model server, or one account of a cloud.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(extend("required" = ["name", "url"]))]
+pub struct Upstream {
+    /// Its identity, unique in the whole file.
+    #[schemars(extend("format" = "name"))]
+    pub name: String,
+    /// What it is; decides the defaults of [`Timeouts`].
+    pub kind: Kind,
+    /// Its base URL with any path prefix; `/chat/completions` and the like are
+    /// appended to it.
+    #[schemars(extend("format" = "base_url"))]
+    pub url: String,
+    /// Its credential, sent as `Authorization: Bearer …`.
+    pub key: Option<SecretRef>,
+    /// With `true`, an unset `env:` secret switches the upstream off with a
+    /// warning instead of being an error.
+    pub optional: bool,
+    /// Further request headers; a value may be a literal or a secret's reference.
+    #[schemars(extend("format" = "headers"))]
+    pub headers: IndexMap<String, String>,
+    /// Its share of the traffic, relative to the others of its group.
+    #[schemars(range(min = 1, max = 1000))]
+    pub weight: u32,
+    /// The most requests it works on at once; absent means no bound.
+    #[schemars(range(min = 1, max = 100_000))]
+    pub concurrent: Option<u32>,
+    /// The most tokens a request may ask of it; larger and absent wishes are
+    /// lowered to this.
+    #[schemars(range(min = 1, max = 10_000_000))]
+    pub max_tokens: Option<u64>,
+    /// The models it serves, as patterns; empty means any that is routed to it.
+    #[schemars(extend("format" = "patterns"))]
+    pub models: Vec<String>,
+    /// Whether streams are asked for their usage (`stream_options.include_usage`).
+    pub include_usage: bool,
+    /// How its certificate is checked.
+    pub tls: Tls,
+    /// How long each step may take.
+    pub timeouts: Timeouts,
+}
+
+impl Default for Upstream {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            kind: Kind::Generic,
+            url: String::new(),
+            key: None,
+            optional: false,
+            headers: IndexMap::new(),
+            weight: 1,
+            concurrent: None,
+            max_tokens: None,
+            models: Vec::new(),
+            include_usage: true,
+            tls: Tls::default(),
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+/// What a model server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// vLLM (and SGLang): uvicorn, which closes idle connections after 5 s.
+    Vllm,
+    /// llama.cpp's server, which closes idle connections after 5 s.
+    Llamacpp,
+    /// Ollama, which may load a model before it answers.
+    Ollama,
+    /// OpenAI itself, or a cloud that speaks like it.
+    Openai,
+    /// Anything else that speaks OpenAI's API.
+    Generic,
+}
+
+impl Kind {
+    /// Returns the timeouts that apply where the YAML names none.
+    ///
+    /// An idle connection is given up before the server gives it up: a request
+    /// on a connection that is just being closed would be lost. uvicorn and
+    /// llama.cpp close after 5 s.
+    pub const fn timeouts(self) -> ResolvedTimeouts {
+        let (connect, first_token, idle) = match self {
+            Self::Vllm | Self::Llamacpp => (2, 120, 4),
+            Self::Ollama => (2, 300, 60),
+            Self::Openai => (5, 60, 60),
+            Self::Generic => (5, 120, 4),
+        };
+        ResolvedTimeouts {
+            connect: Duration::from_secs(connect),
+            first_token: Duration::from_secs(first_token),
+            inter_token: Duration::from_secs(60),
+            write: Duration::from_secs(30),
+            idle: Duration::from_secs(idle),
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Vllm => "vllm",
+            Self::Llamacpp => "llamacpp",
+            Self::Ollama => "ollama",
+            Self::Openai => "openai",
+            Self::Generic => "generic",
+        })
+    }
+}
+
+/// How an upstream's certificate is checked.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// Whether it is checked at all; `false` is warned about at every start.
+    pub verify: bool,
+    /// A PEM file of the authorities to trust instead of the system's; a
+    /// relative path is relative to the configuration file.
+    #[schemars(extend("minLength" = 1))]
+    pub ca: Option<PathBuf>,
+}
+
+impl Default for Tls {
+    fn default() -> Self {
+        Self {
+            verify: true,
+            ca: None,
+        }
+    }
+}
+
+/// How long each step with an upstream may take; what is absent has the default
+/// of the upstream's [`Kind`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// Connecting, TLS included.
+    #[schemars(extend("x-min" = "1ms", "x-max" = "5m"))]
+    pub connect: Option<Time>,
+    /// From the request's last byte to the first token (or to the header, if it
+    /// is not streamed).
+    #[schemars(extend("x-min" = "1ms", "x-max" = "2h"))]
+    pub first_token: Option<Time>,
+    /// Between two tokens.
+    #[schemars(extend("x-min" = "1ms", "x-max" = "2h"))]
+    pub inter_token: Option<Time>,
+    /// Until the upstream has taken a piece of the request.
+    #[schemars(extend("x-min" = "1ms", "x-max" = "1h"))]
+    pub write: Option<Time>,
+    /// How long an unused connection is kept; must be below what the server does.
+    #[schemars(extend("x-min" = "1ms", "x-max" = "1h"))]
+    pub idle: Option<Time>,
+}
+
+/// [`Timeouts`] with nothing left open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResolvedTimeouts {
+    /// Connecting, TLS included.
+    pub connect: Duration,
+    /// From the request's last byte to the first token.
+    pub first_token: Duration,
+    /// Between two tokens.
+    pub inter_token: Duration,
+    /// Until the upstream has taken a piece of the request.
+    pub write: Duration,
+    /// How long an unused connection is kept.
+    pub idle: Duration,
+}
+
+impl Upstream {
+    /// Returns its timeouts, what is not written taken from its kind.
+    pub fn resolved_timeouts(&self) -> ResolvedTimeouts {
+        let default = self.kind.timeouts();
+        let or = |set: Option<Time>, default| set.map_or(default, Time::get);
+        ResolvedTimeouts {
+            connect: or(self.timeouts.connect, default.connect),
+            first_token: or(self.timeouts.first_token, default.first_token),
+            inter_token: or(self.timeouts.inter_token, default.inter_token),
+            write: or(self.timeouts.write, default.write),
+            idle: or(self.timeouts.idle, default.idle),
+        }
+    }
+}

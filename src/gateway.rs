@@ -1,0 +1,404 @@
+//! The live configuration: how one is built, and how the next takes its place.
+//!
+//! A [`Snapshot`] is one configuration, fully built and immutable. Requests take
+//! the current one from the [`Gateway`] when they begin and hold it to their
+//! end, so a reload never changes a request that is on its way.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Instant, SystemTime},
+};
+
+use arc_swap::ArcSwap;
+use pingora::connectors::TransportConnector;
+
+use crate::{
+    config::{self, Catalog, Config, Loaded, PluginEntry, Problem, Problems},
+    context::Restrict,
+    plugins::{Build, Chain, PLUGINS},
+    resources::Resources,
+    routes::Routes,
+    upstreams::{
+        Group, Previous, STRATEGIES, State, Upstream, connector_options, group::build_all,
+    },
+};
+
+/// The most idle connections to upstreams, over all of them.
+const POOL_SIZE: usize = 4096;
+
+/// Returns what the lists of plugins and strategies know, for the validator and
+/// the JSON Schema.
+pub fn catalog() -> Catalog {
+    Catalog {
+        strategies: STRATEGIES
+            .iter()
+            .flat_map(|entry| std::iter::once(entry.name).chain(entry.aliases.iter().copied()))
+            .collect(),
+        plugins: PLUGINS
+            .iter()
+            .map(|entry| (entry.name, (entry.schema)()))
+            .collect(),
+    }
+}
+
+/// One configuration, fully built.
+pub struct Snapshot {
+    /// Counts the configurations of this process, from 1.
+    pub version: u64,
+    /// What the file said.
+    pub loaded: Loaded,
+    /// Which groups serve which model.
+    pub routes: Routes,
+    /// When it was built.
+    pub built_at: SystemTime,
+    chain: Arc<Chain>,
+    /// By the index of the route; `None` where the general list holds.
+    route_chains: Vec<Option<Arc<Chain>>>,
+}
+
+impl Snapshot {
+    /// Builds everything that a configuration describes. Parts whose
+    /// configuration is equal are taken over from `previous`: their counters,
+    /// health and connections survive.
+    ///
+    /// # Errors
+    /// What only shows when it is built, such as a keys file that cannot be read.
+    pub fn build(
+        loaded: Loaded,
+        previous: Option<&Self>,
+        resources: &Resources,
+    ) -> Result<Self, Problems> {
+        let config = &loaded.config;
+        let build = Build {
+            base: &loaded.base,
+            resources,
+        };
+        let mut problems = Vec::new();
+        let mut chain_of =
+            |entries: &[PluginEntry], before: Option<&Chain>, at: &str| match Chain::build(
+                entries, before, &build,
+            ) {
+                Ok(chain) => Some(Arc::new(chain)),
+                Err(why) => {
+                    let path = format!("{at}{}", why.path);
+                    problems.push(loaded.problem(&path, why.message));
+                    None
+                }
+            };
+        let chain = chain_of(&config.plugins, previous.map(|old| &*old.chain), "");
+        let route_chains = config
+            .routes
+            .iter()
+            .enumerate()
+            .map(|(index, route)| {
+                let before = previous.and_then(|old| old.own_chain(&route.model));
+                let at = format!("routes[{index}].");
+                chain_of(route.plugins.as_ref()?, before, &at)
+            })
+            .collect();
+        let before =
+            previous.map_or_else(Previous::default, |old| Previous::new(old.routes.groups()));
+        let routes = build_all(config, &loaded.secrets, &loaded.disabled, &before)
+            .and_then(|groups| Routes::build(config, groups));
+        match (chain, routes) {
+            (Some(chain), Ok(routes)) if problems.is_empty() => Ok(Self {
+                version: previous.map_or(1, |old| old.version + 1),
+                routes,
+                built_at: SystemTime::now(),
+                chain,
+                route_chains,
+                loaded,
+            }),
+            (_, routes) => {
+                for error in routes.err().into_iter().flatten() {
+                    problems.push(loaded.problem(&error.path, error.problem));
+                }
+                Err(Problems(problems))
+            }
+        }
+    }
+
+    fn own_chain(&self, model: &str) -> Option<&Chain> {
+        let index = self
+            .config()
+            .routes
+            .iter()
+            .position(|route| route.model == model)?;
+        self.route_chains.get(index)?.as_deref()
+    }
+
+    /// Returns the configuration as it was read.
+    pub fn config(&self) -> &Config {
+        &self.loaded.config
+    }
+
+    /// Returns the general list of plugins.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// Returns whether a route has a list of its own: then no plugin can run
+    /// before the body tells which route a request takes.
+    pub fn has_route_chains(&self) -> bool {
+        self.route_chains.iter().any(Option::is_some)
+    }
+
+    /// Returns the plugins of the route that a model takes.
+    pub fn chain_of(&self, model: &str) -> &Arc<Chain> {
+        self.routes
+            .plan(model, &Restrict::default())
+            .ok()
+            .and_then(|plan| self.route_chains.get(plan.index)?.as_ref())
+            .unwrap_or(&self.chain)
+    }
+
+    /// Returns every upstream with its group, in the order of the file.
+    pub fn upstreams(&self) -> impl Iterator<Item = (&Arc<Group>, &Arc<Upstream>)> {
+        self.routes.groups().iter().flat_map(|group| {
+            group
+                .upstreams
+                .iter()
+                .map(move |upstream| (group, upstream))
+        })
+    }
+
+    fn watched(&self) -> Vec<PathBuf> {
+        let mut files = self.chain.watched();
+        let own = self.route_chains.iter().flatten();
+        files.extend(own.flat_map(|chain| chain.watched()));
+        files
+    }
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot")
+            .field("version", &self.version)
+            .field("hash", &self.loaded.hash)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of the last reload.
+#[derive(Clone, Debug)]
+pub struct Reloaded {
+    /// When it was tried.
+    pub at: SystemTime,
+    /// What was wrong; empty if it worked.
+    pub problems: Vec<Problem>,
+}
+
+/// The running gateway: the live snapshot, and what outlives every snapshot.
+pub struct Gateway {
+    current: ArcSwap<Snapshot>,
+    /// Handles that outlive the snapshots.
+    pub resources: Arc<Resources>,
+    /// The connections to upstreams, pooled over all snapshots.
+    pub connector: Arc<TransportConnector>,
+    /// When the process began to serve.
+    pub started: Instant,
+    file: Option<PathBuf>,
+    last_reload: Mutex<Option<Reloaded>>,
+    /// One reload at a time.
+    reloading: Mutex<()>,
+}
+
+impl Gateway {
+    /// Builds the gateway from its first configuration. `file` is what a reload
+    /// reads; `None` for the built-in configuration, which never changes.
+    ///
+    /// # Errors
+    /// See [`Snapshot::build`].
+    pub fn new(
+        loaded: Loaded,
+        file: Option<PathBuf>,
+        resources: Arc<Resources>,
+    ) -> Result<Self, Problems> {
+        let snapshot = Snapshot::build(loaded, None, &resources)?;
+        let gateway = Self {
+            connector: Arc::new(TransportConnector::new(Some(connector_options(POOL_SIZE)))),
+            current: ArcSwap::from_pointee(snapshot),
+            resources,
+            started: Instant::now(),
+            file,
+            last_reload: Mutex::new(None),
+            reloading: Mutex::new(()),
+        };
+        gateway.resources.metrics.reload_ok.set(1);
+        gateway.export_config();
+        Ok(gateway)
+    }
+
+    /// Returns the live snapshot.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Returns the configuration file, if there is one.
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// Returns every file whose change asks for a reload.
+    pub fn watched(&self) -> Vec<PathBuf> {
+        let mut files: Vec<_> = self.file.iter().cloned().collect();
+        files.extend(self.snapshot().watched());
+        files
+    }
+
+    /// Returns what became of the last reload; `None` before the first.
+    pub fn last_reload(&self) -> Option<Reloaded> {
+        self.last_reload
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Reads the file, builds it, and puts it in the place of the live
+    /// snapshot. Blocks on the file system: not for the proxy's runtime.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the file; the live snapshot stays.
+    pub fn reload(&self) -> Result<Arc<Snapshot>, Problems> {
+        let _one_at_a_time = self
+            .reloading
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let metrics = &self.resources.metrics;
+        let timer = metrics.reload_seconds.start_timer();
+        let built = self.build_next();
+        timer.observe_duration();
+        let reloaded = Reloaded {
+            at: SystemTime::now(),
+            problems: built
+                .as_ref()
+                .err()
+                .map_or_else(Vec::new, |all| all.0.clone()),
+        };
+        *self
+            .last_reload
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(reloaded);
+        match built {
+            Ok(next) => {
+                let next = Arc::new(next);
+                let previous = self.current.swap(Arc::clone(&next));
+                metrics.reloads.with_label_values(&["success"]).inc();
+                metrics.reload_ok.set(1);
+                self.export_config();
+                announce(&previous, &next);
+                Ok(next)
+            }
+            Err(problems) => {
+                metrics.reloads.with_label_values(&["failure"]).inc();
+                metrics.reload_ok.set(0);
+                log::error!("reload refused, the live configuration stays: {problems}");
+                Err(problems)
+            }
+        }
+    }
+
+    fn build_next(&self) -> Result<Snapshot, Problems> {
+        let live = self.snapshot();
+        let loaded = match &self.file {
+            Some(file) => config::load(file, &catalog())?,
+            // Nothing to read: what is live is built again.
+            None => live.loaded.clone(),
+        };
+        Snapshot::build(loaded, Some(&live), &self.resources)
+    }
+
+    /// Brings the metrics that mirror the live snapshot up to date; called when
+    /// they are read.
+    pub fn export(&self) {
+        let metrics = &self.resources.metrics;
+        let now = Instant::now();
+        metrics.upstream_state.reset();
+        metrics.upstream_in_flight.reset();
+        for (group, upstream) in self.snapshot().upstreams() {
+            let names = [&*group.name, &*upstream.name];
+            let in_flight = i64::from(upstream.in_flight());
+            metrics
+                .upstream_in_flight
+                .with_label_values(&names)
+                .set(in_flight);
+            let state = upstream.health.state(now);
+            for each in State::ALL {
+                metrics
+                    .upstream_state
+                    .with_label_values(&[names[0], names[1], each.as_str()])
+                    .set(i64::from(each == state));
+            }
+        }
+    }
+
+    fn export_config(&self) {
+        let snapshot = self.snapshot();
+        let loaded = &self.resources.metrics.config_loaded;
+        loaded.reset();
+        let since_1970 = snapshot
+            .built_at
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let hash: String = snapshot.loaded.hash.chars().take(12).collect();
+        loaded
+            .with_label_values(&[hash.as_str()])
+            .set(since_1970.as_secs_f64());
+    }
+}
+
+impl fmt::Debug for Gateway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gateway")
+            .field("snapshot", &*self.snapshot())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Says in the log what a reload changed, and what it could not.
+fn announce(old: &Snapshot, new: &Snapshot) {
+    let (was, is) = (old.config(), new.config());
+    let names = |snapshot: &Snapshot| -> Vec<String> {
+        snapshot
+            .upstreams()
+            .map(|(_, upstream)| upstream.name.to_string())
+            .collect()
+    };
+    let (before, after) = (names(old), names(new));
+    let only = |some: &[String], others: &[String]| {
+        let left: Vec<_> = some.iter().filter(|name| !others.contains(name)).collect();
+        left.iter()
+            .map(|name| name.as_str())
+            .collect::<Vec<_>>()
+            .join(",")
+    };
+    log::info!(
+        "configuration reloaded: version={} hash={} upstreams_added=[{}] upstreams_removed=[{}] routes={} plugins={}",
+        new.version,
+        new.loaded.hash.chars().take(12).collect::<String>(),
+        only(&after, &before),
+        only(&before, &after),
+        is.routes.len(),
+        is.plugins.len(),
+    );
+    for (key, changed) in [
+        ("listen", was.listen != is.listen),
+        ("admin.listen", was.admin.listen != is.admin.listen),
+        ("threads", was.threads != is.threads),
+        (
+            "limits.header_timeout",
+            was.limits.header_timeout != is.limits.header_timeout,
+        ),
+        ("log.format", was.log.format != is.log.format),
+        ("log.file", was.log.file != is.log.file),
+    ] {
+        if changed {
+            log::warn!("{key} has changed: this needs a restart");
+        }
+    }
+    for warning in &new.loaded.warnings {
+        log::warn!("{warning}");
+    }
+}

@@ -1,0 +1,264 @@
+//! Every metric family: its name, its unit, its labels.
+//!
+//! **Invariant:** the value of every label is bounded by the configuration or
+//! by an enum here: a route's pattern, a group, an upstream, an outcome. What a
+//! client sends never becomes a label.
+
+use std::fmt;
+
+use prometheus::{
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// Seconds, from a fast embedding to a slow first token.
+const FIRST_TOKEN_BUCKETS: &[f64] = &[
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+];
+/// Seconds, from a refused request to the longest stream.
+const TOTAL_BUCKETS: &[f64] = &[
+    0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
+];
+
+/// The process's metrics. Made once.
+pub struct Metrics {
+    registry: Registry,
+    /// Requests that ended, by endpoint, route, status and how they ended.
+    pub requests: IntCounterVec,
+    /// Errors that clients were told, by OpenAI's `code`.
+    pub errors: IntCounterVec,
+    /// Requests that are being worked on.
+    pub in_flight: IntGauge,
+    /// Tries at upstreams, by group, upstream and verdict.
+    pub attempts: IntCounterVec,
+    /// Moves from one upstream to the next.
+    pub failovers: IntCounterVec,
+    /// Tries whose answer was not used and which may have been billed.
+    pub maybe_billed: IntCounterVec,
+    /// Requests that an upstream is working on.
+    pub upstream_in_flight: IntGaugeVec,
+    /// 1 for the state that an upstream is in, 0 for the others.
+    pub upstream_state: IntGaugeVec,
+    /// Seconds to the first meaningful event, or to the whole answer.
+    pub first_token: HistogramVec,
+    /// Seconds to the end.
+    pub total: HistogramVec,
+    /// Tokens, `in` and `out`, as the upstreams count them.
+    pub tokens: IntCounterVec,
+    /// Bytes of request and answer bodies.
+    pub body_bytes: IntCounterVec,
+    /// How often a limit was hit, by its name.
+    pub limits: IntCounterVec,
+    /// Clients that left before their answer was complete.
+    pub client_closed: IntCounter,
+    /// Connections to upstreams, by whether they came from the pool.
+    pub connections: IntCounterVec,
+    /// Reloads of the configuration, by result.
+    pub reloads: IntCounterVec,
+    /// Whether the last reload worked.
+    pub reload_ok: IntGauge,
+    /// When the live configuration was loaded, in seconds since 1970.
+    pub config_loaded: GaugeVec,
+    /// Seconds that a reload took.
+    pub reload_seconds: Histogram,
+    /// Lines that the log had no room for.
+    pub log_dropped: IntCounter,
+    /// Panics of single requests.
+    pub panics: IntCounter,
+}
+
+impl Metrics {
+    /// Makes and registers every family.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let all = Families(&registry);
+        let build = all.gauges(
+            "forebay_build_info",
+            "The version that is running; always 1",
+            &["version"],
+        );
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self {
+            requests: all.counters(
+                "forebay_requests_total",
+                "Requests that ended",
+                &["endpoint", "route", "status", "outcome"],
+            ),
+            errors: all.counters(
+                "forebay_errors_total",
+                "Errors that clients were told, by code",
+                &["code"],
+            ),
+            in_flight: all.gauge(
+                "forebay_requests_in_flight",
+                "Requests that are being worked on",
+            ),
+            attempts: all.counters(
+                "forebay_attempts_total",
+                "Tries at upstreams",
+                &["group", "upstream", "verdict"],
+            ),
+            failovers: all.counters(
+                "forebay_failovers_total",
+                "Moves from one upstream to the next",
+                &["from", "to"],
+            ),
+            maybe_billed: all.counters(
+                "forebay_attempts_maybe_billed_total",
+                "Tries whose answer was not used although the upstream may have done the work",
+                &["upstream"],
+            ),
+            upstream_in_flight: all.gauges(
+                "forebay_upstream_requests_in_flight",
+                "Requests that an upstream is working on",
+                &["group", "upstream"],
+            ),
+            upstream_state: all.gauges(
+                "forebay_upstream_state",
+                "1 for the state that an upstream is in",
+                &["group", "upstream", "state"],
+            ),
+            first_token: all.histograms(
+                "forebay_first_token_seconds",
+                "Time to the first token, or to the whole answer if it is not streamed",
+                &["route", "upstream"],
+                FIRST_TOKEN_BUCKETS,
+            ),
+            total: all.histograms(
+                "forebay_request_seconds",
+                "Time to the end of the answer",
+                &["endpoint"],
+                TOTAL_BUCKETS,
+            ),
+            tokens: all.counters(
+                "forebay_tokens_total",
+                "Tokens as the upstreams count them",
+                &["route", "upstream", "direction"],
+            ),
+            body_bytes: all.counters(
+                "forebay_body_bytes_total",
+                "Bytes of bodies received from and sent to clients",
+                &["direction"],
+            ),
+            limits: all.counters(
+                "forebay_limit_hits_total",
+                "How often a limit was hit",
+                &["limit"],
+            ),
+            client_closed: all.counter(
+                "forebay_client_closed_total",
+                "Clients that left before their answer was complete",
+            ),
+            connections: all.counters(
+                "forebay_upstream_connections_total",
+                "Connections used for tries at upstreams",
+                &["upstream", "source"],
+            ),
+            reloads: all.counters(
+                "forebay_config_reloads_total",
+                "Reloads of the configuration",
+                &["result"],
+            ),
+            reload_ok: all.gauge(
+                "forebay_config_last_reload_successful",
+                "Whether the last reload worked",
+            ),
+            config_loaded: all.float_gauges(
+                "forebay_config_loaded_timestamp_seconds",
+                "When the live configuration was loaded, by the start of its SHA-256",
+                &["hash"],
+            ),
+            reload_seconds: all.histogram(
+                "forebay_config_reload_seconds",
+                "Time that a reload took",
+                &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0],
+            ),
+            log_dropped: all.counter(
+                "forebay_log_lines_dropped_total",
+                "Lines that the log had no room for",
+            ),
+            panics: all.counter("forebay_panics_total", "Panics of single requests"),
+            registry,
+        }
+    }
+
+    /// Writes every family in the Prometheus text format.
+    ///
+    /// # Errors
+    /// Never in practice: the families were checked when they were registered.
+    pub fn encode(&self) -> prometheus::Result<String> {
+        let mut text = Vec::with_capacity(16 * 1024);
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+/// Makes families and registers them. The names are constants of this file, so
+/// a clash is a mistake that the first test shows.
+struct Families<'a>(&'a Registry);
+
+impl Families<'_> {
+    fn register<C: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        made: prometheus::Result<C>,
+    ) -> C {
+        let family = made.expect("the names and labels in this file are valid");
+        self.0
+            .register(Box::new(family.clone()))
+            .expect("the names in this file are different");
+        family
+    }
+
+    fn counter(&self, name: &str, help: &str) -> IntCounter {
+        self.register(IntCounter::new(name, help))
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> IntGauge {
+        self.register(IntGauge::new(name, help))
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        self.register(Histogram::with_opts(opts))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.register(IntCounterVec::new(Opts::new(name, help), labels))
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        self.register(IntGaugeVec::new(Opts::new(name, help), labels))
+    }
+
+    fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+        self.register(GaugeVec::new(Opts::new(name, help), labels))
+    }
+
+    fn histograms(&self, name: &str, help: &str, labels: &[&str], buckets: &[f64]) -> HistogramVec {
+        let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        self.register(HistogramVec::new(opts, labels))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_there_from_the_start() {
+        let text = Metrics::new().encode().unwrap();
+        assert!(text.contains("forebay_build_info{version="), "{text}");
+    }
+}

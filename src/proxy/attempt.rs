@@ -1,0 +1,381 @@
+//! One try at one upstream, from the choice to the verdict.
+//!
+//! Connect → send → wait for the header → judge. A success is handed to
+//! [`answer`](super::answer) (one JSON body) or [`relay`](super::relay) (a
+//! stream of events), which commit: until then the client has seen nothing of
+//! this upstream, and the exchange may go on with the next.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, StatusCode, header};
+use pingora::{connectors::TransportConnector, upstreams::peer::HttpPeer};
+
+use super::{
+    client::{Client, Left, Waited},
+    exchange::Ended,
+    link::{self, Link, LinkError, WireRequest},
+    verdict::{Failure, Judgement, judge},
+};
+use crate::{
+    context::{RequestContext, Verdict},
+    error::Error,
+    metrics::Metrics,
+    openai::{ApiRequest, UpstreamError, retry_after},
+    plugins::Chain,
+    routes::Step,
+    upstreams::Upstream,
+};
+
+/// The most of an error's body that is read to understand it.
+const ERROR_BODY_MAX: usize = 64 * 1024;
+/// How long an upstream has to send that body.
+const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What came of a try.
+pub(super) enum Tried {
+    /// The client has the answer, or was told that it broke off.
+    Ended(Ended),
+    /// The client has seen nothing; the next may be tried.
+    Failed(Failure),
+    /// The caller's fault: this is the answer.
+    PassOn(Error),
+}
+
+/// What every try of an exchange needs. Built once per exchange.
+pub(super) struct Attempt<'a> {
+    pub(super) ctx: &'a mut RequestContext,
+    pub(super) chain: &'a Chain,
+    pub(super) metrics: &'a Metrics,
+    pub(super) limits: &'a crate::config::Limits,
+    pub(super) step: &'a Step,
+    pub(super) upstream: &'a Arc<Upstream>,
+    /// When the exchange must have committed.
+    pub(super) deadline: Instant,
+    /// The number of this try, from 1.
+    pub(super) number: usize,
+}
+
+/// An answer whose header is in and says success.
+pub(super) struct Answering {
+    pub(super) link: Link,
+    pub(super) peer: HttpPeer,
+    pub(super) connector: Arc<TransportConnector>,
+    /// When the request had been sent: first-token times start here.
+    pub(super) sent_at: Instant,
+    /// Whether the upstream was asked for usage that the client did not ask for.
+    pub(super) hide_usage: bool,
+}
+
+impl Answering {
+    /// Gives the connection back, or closes it if its answer is unread.
+    pub(super) async fn release(self) {
+        self.link.release(&self.connector, &self.peer).await;
+    }
+}
+
+impl Attempt<'_> {
+    /// Makes the try.
+    ///
+    /// # Errors
+    /// [`Left`]: the client is gone; the upstream's connection is closed.
+    pub(super) async fn run(
+        &mut self,
+        connector: &Arc<TransportConnector>,
+        client: &mut Client<'_>,
+    ) -> Result<Tried, Left> {
+        let request = self
+            .ctx
+            .request
+            .clone()
+            .expect("an exchange has a parsed request");
+        let (wire, hide_usage) = self.wire_request(&request);
+        let answering = match self.open(connector, client, wire, hide_usage).await? {
+            Ok(answering) => answering,
+            Err(failure) => return Ok(Tried::Failed(failure)),
+        };
+        let status = answering.link.head().status;
+        if !status.is_success() {
+            return self.refused(answering, status, client).await;
+        }
+        let headers = &answering.link.head().headers;
+        if headers
+            .get(header::CONTENT_ENCODING)
+            .is_some_and(|coding| coding != "identity")
+        {
+            answering.link.close().await;
+            let why = "encoded although identity was asked for";
+            return Ok(Tried::Failed(Failure::new(Verdict::Failed, why)));
+        }
+        if request.stream && is_event_stream(headers) {
+            Box::pin(self.relay(answering, client)).await
+        } else {
+            Box::pin(self.answer(answering, client)).await
+        }
+    }
+
+    /// Connects, sends the request and waits for the header. A pooled
+    /// connection that turns out to be stale is replaced once by a fresh one.
+    async fn open(
+        &mut self,
+        connector: &Arc<TransportConnector>,
+        client: &mut Client<'_>,
+        wire: WireRequest,
+        hide_usage: bool,
+    ) -> Result<Result<Answering, Failure>, Left> {
+        let mut stale = false;
+        loop {
+            let peer = match self.peer(client).await? {
+                Ok(peer) => peer,
+                Err(failure) => return Ok(Err(failure)),
+            };
+            let connecting = async {
+                if stale {
+                    let stream = link::connect_anew(connector, &peer).await?;
+                    Ok((stream, false))
+                } else {
+                    link::connect(connector, &peer).await
+                }
+            };
+            let (stream, reused) = match client.wait(self.deadline, connecting).await? {
+                Waited::Done(Ok(connected)) => connected,
+                // A name may have several addresses; the next is tried at once.
+                Waited::Done(Err(_)) if self.upstream.not_sent(&peer, Instant::now()) => continue,
+                Waited::Done(Err(why)) => {
+                    return Ok(Err(Failure::new(Verdict::NotSent, why.to_string())));
+                }
+                Waited::TooLate => {
+                    let why = "no time left to connect";
+                    return Ok(Err(Failure::new(Verdict::NotSent, why)));
+                }
+            };
+            self.count_connection(reused);
+            match self
+                .send_and_wait(stream, &peer, wire.clone(), client)
+                .await?
+            {
+                Ok((link, sent_at)) => {
+                    return Ok(Ok(Answering {
+                        link,
+                        peer,
+                        connector: Arc::clone(connector),
+                        sent_at,
+                        hide_usage,
+                    }));
+                }
+                Err(LinkFailure::Stale(why)) if reused && !stale => {
+                    log::debug!(
+                        "pooled connection was stale: upstream={} {why}",
+                        self.upstream.name
+                    );
+                    stale = true;
+                }
+                Err(LinkFailure::Stale(why)) => {
+                    return Ok(Err(Failure::new(Verdict::Failed, why)));
+                }
+                Err(LinkFailure::Final(failure)) => return Ok(Err(failure)),
+            }
+        }
+    }
+
+    /// Returns where to connect to; asks the name service if nobody has yet.
+    async fn peer(&self, client: &mut Client<'_>) -> Result<Result<HttpPeer, Failure>, Left> {
+        let upstream = self.upstream;
+        if let Ok(peer) = upstream.peer() {
+            return Ok(Ok(peer));
+        }
+        let deadline = self
+            .deadline
+            .min(Instant::now() + upstream.timeouts.connect);
+        let resolving = upstream.addresses.resolve_now(deadline);
+        let resolved = client.wait(self.deadline, resolving).await?;
+        let cause = match (resolved, upstream.peer()) {
+            (Waited::Done(Ok(())), Ok(peer)) => return Ok(Ok(peer)),
+            (Waited::Done(Err(why)), _) => why.to_string(),
+            _ => "the name has no address".to_owned(),
+        };
+        upstream.health.not_sent(Instant::now());
+        Ok(Err(Failure::new(Verdict::NotSent, cause)))
+    }
+
+    async fn send_and_wait(
+        &mut self,
+        stream: pingora::protocols::Stream,
+        peer: &HttpPeer,
+        wire: WireRequest,
+        client: &mut Client<'_>,
+    ) -> Result<Result<(Link, Instant), LinkFailure>, Left> {
+        let timeouts = &self.upstream.timeouts;
+        let sending = link::send(stream, wire, timeouts.write);
+        let sent = match client.wait(self.deadline, sending).await? {
+            Waited::Done(Ok(sent)) => sent,
+            Waited::Done(Err(why)) => return Ok(Err(why.into())),
+            Waited::TooLate => return Ok(Err(LinkFailure::timed_out("no time left to send"))),
+        };
+        let sent_at = Instant::now();
+        let deadline = self.header_deadline(sent_at);
+        match client.wait(deadline, Link::receive(sent, peer)).await? {
+            Waited::Done(Ok(link)) => Ok(Ok((link, sent_at))),
+            Waited::Done(Err(why)) => Ok(Err(why.into())),
+            Waited::TooLate => Ok(Err(LinkFailure::timed_out("no header in time"))),
+        }
+    }
+
+    /// Returns until when the header must be in.
+    ///
+    /// An answer that is not streamed begins when it is complete, so the
+    /// default first-token time of the upstream's kind says nothing about it:
+    /// only one that the YAML names holds there.
+    fn header_deadline(&self, sent_at: Instant) -> Instant {
+        let streamed = self
+            .ctx
+            .request
+            .as_ref()
+            .is_some_and(|request| request.stream);
+        let named = self.upstream.config.timeouts.first_token.is_some();
+        if streamed || named {
+            self.deadline
+                .min(sent_at + self.upstream.timeouts.first_token)
+        } else {
+            self.deadline
+        }
+    }
+
+    /// Reads why the upstream refused, and gives the connection back.
+    async fn refused(
+        &mut self,
+        mut answering: Answering,
+        status: StatusCode,
+        client: &mut Client<'_>,
+    ) -> Result<Tried, Left> {
+        let wait = retry_after(&answering.link.head().headers, SystemTime::now());
+        let deadline = self.deadline.min(Instant::now() + ERROR_BODY_TIMEOUT);
+        let mut body = BytesMut::new();
+        loop {
+            match client.wait(deadline, answering.link.read()).await? {
+                Waited::Done(Ok(Some(piece))) if body.len() + piece.len() <= ERROR_BODY_MAX => {
+                    body.put_slice(&piece);
+                }
+                // Its end, or more than anybody needs to say what went wrong.
+                _ => break,
+            }
+        }
+        answering.release().await;
+        Ok(match judge(status, UpstreamError::read(&body), wait) {
+            Judgement::Failed(failure) => Tried::Failed(failure),
+            Judgement::PassOn(error) => Tried::PassOn(error),
+        })
+    }
+
+    /// Builds the request for this upstream; with whether its usage has to be
+    /// hidden from the client.
+    fn wire_request(&self, request: &ApiRequest) -> (WireRequest, bool) {
+        let upstream = self.upstream;
+        let mut edits = Vec::with_capacity(3);
+        edits.extend(request.model_edit(&self.step.model));
+        if let Some(cap) = upstream.config.max_tokens {
+            edits.extend(request.max_tokens_cap(cap));
+        }
+        let ask = upstream
+            .config
+            .include_usage
+            .then(|| request.ask_usage())
+            .flatten();
+        let hide_usage = ask.is_some();
+        edits.extend(ask);
+        let body = request.edited(&edits);
+        let head = self.wire_head(request, body.len());
+        (WireRequest { head, body }, hide_usage)
+    }
+
+    /// **Invariant:** nothing of the client's header is copied: not its
+    /// credential, not who it is.
+    fn wire_head(&self, request: &ApiRequest, length: usize) -> Bytes {
+        let upstream = self.upstream;
+        let mut head = BytesMut::with_capacity(512);
+        let mut line = |parts: [&[u8]; 3]| {
+            for part in parts {
+                head.put_slice(part);
+            }
+            head.put_slice(b"\r\n");
+        };
+        let target = upstream.base.target(request.endpoint.suffix());
+        line([b"POST ", target.as_bytes(), b" HTTP/1.1"]);
+        line([b"host: ", upstream.base.authority().as_bytes(), b""]);
+        line([b"user-agent: ", USER_AGENT.as_bytes(), b""]);
+        line([b"content-type: ", b"application/json", b""]);
+        let accept: &[u8] = if request.stream {
+            b"text/event-stream"
+        } else {
+            b"application/json"
+        };
+        line([b"accept: ", accept, b""]);
+        line([b"accept-encoding: ", b"identity", b""]);
+        line([b"content-length: ", length.to_string().as_bytes(), b""]);
+        line([b"x-request-id: ", self.ctx.id.as_bytes(), b""]);
+        if let Some(authorization) = &upstream.authorization {
+            line([b"authorization: ", authorization.as_bytes(), b""]);
+        }
+        for (name, value) in &upstream.headers {
+            line([name.as_str().as_bytes(), b": ", value.as_bytes()]);
+        }
+        head.put_slice(b"\r\n");
+        head.freeze()
+    }
+
+    fn count_connection(&self, reused: bool) {
+        let source = if reused { "pool" } else { "new" };
+        self.metrics
+            .connections
+            .with_label_values(&[&*self.upstream.name, source])
+            .inc();
+    }
+
+    /// Returns the header fields that tell who answered.
+    pub(super) fn answer_headers(&self) -> HeaderMap {
+        super::respond::answer_headers(
+            &self.ctx.id,
+            &self.upstream.name,
+            &self.step.group.name,
+            self.number,
+            self.step.fallback,
+        )
+    }
+}
+
+const USER_AGENT: &str = concat!("forebay/", env!("CARGO_PKG_VERSION"));
+
+/// Why a link brought no header.
+enum LinkFailure {
+    /// The connection broke before the first byte of an answer: if it came from
+    /// the pool, the upstream had given it up.
+    Stale(String),
+    Final(Failure),
+}
+
+impl LinkFailure {
+    fn timed_out(cause: &str) -> Self {
+        Self::Final(Failure::new(Verdict::TimedOut, cause))
+    }
+}
+
+impl From<LinkError> for LinkFailure {
+    fn from(error: LinkError) -> Self {
+        let cause = error.to_string();
+        match error {
+            LinkError::Connect(_) => Self::Final(Failure::new(Verdict::NotSent, cause)),
+            LinkError::Broken(_) => Self::Stale(cause),
+            LinkError::Invalid(_) => Self::Final(Failure::new(Verdict::Failed, cause)),
+        }
+    }
+}
+
+/// Returns whether the answer is a stream of events.
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+}

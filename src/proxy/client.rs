@@ -1,0 +1,247 @@
+//! The client's side of an exchange: whether it is still there, what it has
+//! been sent, and the comments that keep it patient.
+//!
+//! **Invariant:** every wait of an exchange goes through [`Client::wait`]. So a
+//! client that leaves is noticed wherever the exchange is, and a client that
+//! streams hears from us at least every heartbeat.
+
+use std::{
+    future::Future,
+    pin::pin,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, StatusCode, Version, header};
+use pingora::{http::ResponseHeader, proxy::Session};
+use tokio::time::{sleep_until, timeout};
+
+use crate::plugins::ResponseHead;
+
+/// What an SSE stream says to keep a connection from looking dead; comments
+/// are ignored by every client.
+const PING: &[u8] = b": ping\n\n";
+
+/// The client is gone: nobody is left to answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Left;
+
+/// How a wait ended.
+#[derive(Debug)]
+pub(super) enum Waited<T> {
+    /// What was waited for is there.
+    Done(T),
+    /// The deadline passed first.
+    TooLate,
+}
+
+/// The client of one exchange.
+pub(super) struct Client<'a> {
+    session: &'a mut Session,
+    heartbeat: Duration,
+    write_timeout: Duration,
+    /// When the next comment is due; `None` if the client does not stream.
+    ping_at: Option<Instant>,
+    /// The head that is sent when the first comment is due and no upstream has
+    /// answered yet.
+    early_head: Option<Box<ResponseHeader>>,
+    /// Whether the head went out before an upstream was known.
+    head_was_early: bool,
+    bytes_out: u64,
+}
+
+impl<'a> Client<'a> {
+    /// Wraps the session of a request whose body has been read.
+    pub(super) fn new(
+        session: &'a mut Session,
+        heartbeat: Duration,
+        write_timeout: Duration,
+    ) -> Self {
+        Self {
+            session,
+            heartbeat,
+            write_timeout,
+            ping_at: None,
+            early_head: None,
+            head_was_early: false,
+            bytes_out: 0,
+        }
+    }
+
+    /// Begins to send comments, `heartbeat` from now, behind this head.
+    pub(super) fn keep_patient(&mut self, head: ResponseHead) {
+        self.early_head = Some(Box::new(self.to_wire(head, None)));
+        self.ping_at = Some(Instant::now() + self.heartbeat);
+    }
+
+    /// Returns whether the head has been sent: from then on an error is an event.
+    pub(super) fn head_is_sent(&self) -> bool {
+        self.session.response_written().is_some()
+    }
+
+    /// Returns whether the head went out before an upstream was known.
+    pub(super) fn head_was_early(&self) -> bool {
+        self.head_was_early
+    }
+
+    /// Returns the bytes of the body sent so far.
+    pub(super) fn bytes_out(&self) -> u64 {
+        self.bytes_out
+    }
+
+    /// Waits for `work`, until `deadline`, as long as the client is there.
+    ///
+    /// # Errors
+    /// [`Left`]: the client closed its connection (also its sending side), or
+    /// does not take what it is sent.
+    pub(super) async fn wait<T>(
+        &mut self,
+        deadline: Instant,
+        work: impl Future<Output = T>,
+    ) -> Result<Waited<T>, Left> {
+        let mut work = pin!(work);
+        loop {
+            let ping_at = self.ping_at;
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(Waited::Done(done)),
+                gone = self.session.read_body_or_idle(true) => match gone {
+                    // Nothing more can come of a body that was read whole.
+                    Ok(_) => return Err(Left),
+                    Err(why) => {
+                        log::debug!("client left: {}", why.etype().as_str());
+                        return Err(Left);
+                    }
+                },
+                () = sleep_until(deadline.into()) => return Ok(Waited::TooLate),
+                () = sleep_until(ping_at.unwrap_or(deadline).into()), if ping_at.is_some() => {
+                    self.ping().await?;
+                }
+            }
+        }
+    }
+
+    async fn ping(&mut self) -> Result<(), Left> {
+        if let Some(head) = self.early_head.take() {
+            self.head_was_early = true;
+            self.write_head(head).await?;
+        }
+        self.write(Bytes::from_static(PING)).await
+    }
+
+    /// Sends the head, unless a comment had to go first. `length` is that of
+    /// the body, or `None` for a stream.
+    ///
+    /// # Errors
+    /// [`Left`].
+    pub(super) async fn send_head(
+        &mut self,
+        head: ResponseHead,
+        length: Option<usize>,
+    ) -> Result<(), Left> {
+        if self.head_is_sent() {
+            return Ok(());
+        }
+        self.early_head = None;
+        let head = Box::new(self.to_wire(head, length));
+        self.write_head(head).await
+    }
+
+    async fn write_head(&mut self, head: Box<ResponseHeader>) -> Result<(), Left> {
+        let sent = self.session.write_response_header(head, false);
+        match timeout(self.write_timeout, sent).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Left),
+        }
+    }
+
+    /// Sends a piece of the body and puts off the next comment.
+    ///
+    /// # Errors
+    /// [`Left`].
+    pub(super) async fn write(&mut self, piece: Bytes) -> Result<(), Left> {
+        if piece.is_empty() {
+            return Ok(());
+        }
+        self.bytes_out += piece.len() as u64;
+        let sent = self.session.write_response_body(Some(piece), false);
+        match timeout(self.write_timeout, sent).await {
+            Ok(Ok(())) => {}
+            _ => return Err(Left),
+        }
+        if self.ping_at.is_some() {
+            self.ping_at = Some(Instant::now() + self.heartbeat);
+        }
+        Ok(())
+    }
+
+    /// Sends the last piece: the answer is complete, the client may go.
+    ///
+    /// # Errors
+    /// [`Left`].
+    pub(super) async fn finish(&mut self, piece: Bytes) -> Result<(), Left> {
+        self.ping_at = None;
+        self.bytes_out += piece.len() as u64;
+        let piece = (!piece.is_empty()).then_some(piece);
+        let sent = self.session.write_response_body(piece, true);
+        match timeout(self.write_timeout, sent).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Left),
+        }
+    }
+
+    /// Ends the connection without ending the answer: for a client that does
+    /// not read, or an answer that must not look complete.
+    pub(super) async fn abort(&mut self) {
+        self.session.set_keepalive(None);
+        self.session.shutdown().await;
+    }
+
+    fn to_wire(&self, head: ResponseHead, length: Option<usize>) -> ResponseHeader {
+        to_wire(self.session.req_header().version, head, length)
+    }
+}
+
+/// Builds the head for the wire, framed as the client's HTTP version wants it.
+pub(super) fn to_wire(
+    version: Version,
+    head: ResponseHead,
+    length: Option<usize>,
+) -> ResponseHeader {
+    let fields = head.headers.len() + 2;
+    let mut wire = ResponseHeader::build(head.status, Some(fields))
+        .expect("a StatusCode is always a valid status");
+    for (name, value) in &head.headers {
+        wire.append_header(name, value)
+            .expect("names and values of a HeaderMap are valid");
+    }
+    match length {
+        Some(length) => wire
+            .insert_header(header::CONTENT_LENGTH, length)
+            .expect("a number is a valid value"),
+        // HTTP/2 frames for itself; HTTP/1.0 knows no chunks and reads to the end.
+        None if version == Version::HTTP_11 => wire
+            .insert_header(
+                header::TRANSFER_ENCODING,
+                HeaderValue::from_static("chunked"),
+            )
+            .expect("a constant is a valid value"),
+        None => {}
+    }
+    wire
+}
+
+/// Returns the head of an event stream, before anything is known of an upstream.
+pub(super) fn event_stream(mut headers: http::HeaderMap) -> ResponseHead {
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // nginx in front of us would collect the events otherwise.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    ResponseHead {
+        status: StatusCode::OK,
+        headers,
+    }
+}

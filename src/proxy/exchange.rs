@@ -1,0 +1,495 @@
+//! One client request with all its attempts: which upstream is tried, what
+//! follows a failure, and what the client is told at the end.
+//!
+//! The order is that of the plan: the upstreams of a group, the next group, the
+//! fallback. **Invariants:**
+//! - After the first byte of an answer has gone to the client, no other
+//!   upstream is tried.
+//! - An upstream that is known to be down costs no try and no time.
+//! - A try that may have been billed is followed by at most one more
+//!   ([`Group::retry_ambiguous`](crate::config::Group)), and by the fallback.
+//! - The fallback group gets at least one try as long as there is time.
+
+use std::{
+    borrow::Cow,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::future::select_all;
+use http::StatusCode;
+use pingora::connectors::TransportConnector;
+use rand::RngExt;
+
+use super::{
+    attempt::{Attempt, Tried},
+    client::{Client, Left, Waited},
+    verdict::{self, Failure},
+};
+use crate::{
+    config::Limits,
+    context::{self, Ending, RequestContext, Verdict},
+    error::Error,
+    metrics::Metrics,
+    openai::Usage,
+    plugins::Chain,
+    routes::{Plan, Step},
+    upstreams::{Pick, Refusal, Slot, State, Upstream},
+};
+
+/// First and longest wait before the same upstream is asked again.
+const BACKOFF_FIRST: Duration = Duration::from_millis(500);
+const BACKOFF_MAX: Duration = Duration::from_secs(8);
+/// How long a request waits for a slot in a group before it goes on to the next.
+const SPILL_AFTER: Duration = Duration::from_secs(2);
+/// What `Retry-After` says when no upstream said anything better.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// How an exchange ended, as far as the client knows.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) ending: Ending,
+    /// How the last attempt went.
+    pub(super) verdict: Verdict,
+    pub(super) status: StatusCode,
+    /// OpenAI's `code`; borrowed if it is one of ours.
+    pub(super) error: Option<Cow<'static, str>>,
+    pub(super) streamed: bool,
+    pub(super) first_token: Option<Duration>,
+    pub(super) usage: Option<Usage>,
+}
+
+/// What an exchange needs and keeps.
+pub(super) struct Exchange<'a> {
+    pub(super) ctx: &'a mut RequestContext,
+    pub(super) chain: &'a Chain,
+    pub(super) connector: &'a Arc<TransportConnector>,
+    pub(super) metrics: &'a Metrics,
+    pub(super) limits: &'a Limits,
+    /// When the exchange must have committed.
+    pub(super) deadline: Instant,
+    /// The last failure of an upstream that was reached.
+    last_answer: Option<Failure>,
+    /// Whether the one failover after a try that may have been billed is used.
+    ambiguous_used: bool,
+    affinity: u64,
+}
+
+/// What follows the tries in one group.
+enum Next {
+    /// The client has its answer.
+    Ended(Ended),
+    /// The client gets this error.
+    Tell(Error),
+    /// The next group may try.
+    Group,
+    /// Only the fallback may still try.
+    Fallback,
+}
+
+/// How a slot was sought.
+enum Sought {
+    Slot(Slot),
+    /// Nobody left to try here.
+    Nobody,
+    /// Everybody was busy for as long as we were willing to wait.
+    Busy,
+}
+
+impl<'a> Exchange<'a> {
+    /// Prepares the exchange of a request that has been parsed.
+    pub(super) fn new(
+        ctx: &'a mut RequestContext,
+        chain: &'a Chain,
+        connector: &'a Arc<TransportConnector>,
+        metrics: &'a Metrics,
+        limits: &'a Limits,
+    ) -> Self {
+        let deadline = ctx.started + limits.total_timeout.get();
+        let affinity = ctx
+            .request
+            .as_ref()
+            .map_or(0, crate::openai::ApiRequest::conversation_key);
+        Self {
+            ctx,
+            chain,
+            connector,
+            metrics,
+            limits,
+            deadline,
+            last_answer: None,
+            ambiguous_used: false,
+            affinity,
+        }
+    }
+
+    /// Tries what the plan says until the client has an answer.
+    ///
+    /// # Errors
+    /// `Ok(Err(error))` is what the client has to be told, by the caller.
+    /// [`Left`]: the client is gone.
+    pub(super) async fn run(
+        mut self,
+        plan: &Plan,
+        client: &mut Client<'_>,
+    ) -> Result<Result<Ended, Error>, Left> {
+        let mut only_fallback = false;
+        let mut busy = false;
+        for step in &plan.steps {
+            if only_fallback && !step.fallback {
+                continue;
+            }
+            match self.try_group(plan, step, client, &mut busy).await? {
+                Next::Ended(ended) => return Ok(Ok(ended)),
+                Next::Tell(error) => return Ok(Err(error)),
+                Next::Group => {}
+                Next::Fallback => only_fallback = true,
+            }
+        }
+        if self.ctx.attempts.is_empty() && !busy {
+            // Everything is known to be down. It may have come back since:
+            // asking once costs less than turning the client away. Who asked to
+            // be left alone is left alone.
+            for step in &plan.steps {
+                let now = Instant::now();
+                let Some(slot) = step.group.pick_any(&step.model, &[], now) else {
+                    continue;
+                };
+                if slot.upstream().health.state(now) == State::Cooling {
+                    continue;
+                }
+                match self.try_one(step, slot, client).await? {
+                    Next::Ended(ended) => return Ok(Ok(ended)),
+                    Next::Tell(error) => return Ok(Err(error)),
+                    Next::Group | Next::Fallback => {}
+                }
+            }
+        }
+        Ok(Err(self.give_up(plan, busy)))
+    }
+
+    /// Tries the upstreams of one group, at most `limits.attempts` of them.
+    async fn try_group(
+        &mut self,
+        plan: &Plan,
+        step: &Step,
+        client: &mut Client<'_>,
+        busy: &mut bool,
+    ) -> Result<Next, Left> {
+        let mut tried: Vec<Arc<Upstream>> = Vec::new();
+        let mut tries = 0;
+        while tries < self.limits.attempts && Instant::now() < self.deadline {
+            let insist = tries == 0 && (step.fallback || plan.pin.is_some());
+            let slot = match self.seek(plan, step, &tried, client).await? {
+                Sought::Slot(slot) => slot,
+                Sought::Busy => {
+                    *busy = true;
+                    return Ok(Next::Group);
+                }
+                Sought::Nobody if insist => match self.insist(plan, step) {
+                    Some(slot) => slot,
+                    None => return Ok(Next::Group),
+                },
+                Sought::Nobody => return Ok(Next::Group),
+            };
+            let upstream = Arc::clone(slot.upstream());
+            tried.push(Arc::clone(&upstream));
+            let mut slot = Some(slot);
+            let again = step.group.config.same_upstream_retries;
+            for round in 0..=again {
+                let Some(held) = slot.take().or_else(|| upstream.try_acquire()) else {
+                    break;
+                };
+                tries += 1;
+                match self.try_one(step, held, client).await? {
+                    Next::Group => {}
+                    other => return Ok(other),
+                }
+                let last_round = round == again || tries >= self.limits.attempts;
+                if last_round || !self.same_may_recover() {
+                    break;
+                }
+                if let Waited::TooLate = self.back_off(round, client).await? {
+                    break;
+                }
+            }
+        }
+        Ok(Next::Group)
+    }
+
+    /// Chooses an upstream with a free slot; waits for one if all are busy.
+    async fn seek(
+        &self,
+        plan: &Plan,
+        step: &Step,
+        tried: &[Arc<Upstream>],
+        client: &mut Client<'_>,
+    ) -> Result<Sought, Left> {
+        if let Some(sought) = self.look(plan, step, tried) {
+            return Ok(sought);
+        }
+        let is_last = plan
+            .steps
+            .last()
+            .is_some_and(|last| std::ptr::eq(last, step));
+        let patience = if is_last {
+            self.deadline
+        } else {
+            self.deadline.min(Instant::now() + SPILL_AFTER)
+        };
+        loop {
+            let freed = step.group.upstreams.iter().map(|upstream| {
+                // Registered before the next look: a slot that is freed in
+                // between is seen.
+                let mut freed = Box::pin(upstream.freed());
+                freed.as_mut().enable();
+                freed
+            });
+            let freed = pin!(select_all(freed));
+            if let Some(sought) = self.look(plan, step, tried) {
+                return Ok(sought);
+            }
+            if let Waited::TooLate = client.wait(patience, freed).await? {
+                self.metrics.limits.with_label_values(&["concurrent"]).inc();
+                return Ok(Sought::Busy);
+            }
+        }
+    }
+
+    /// Looks once; `None` if everybody is busy.
+    fn look(&self, plan: &Plan, step: &Step, tried: &[Arc<Upstream>]) -> Option<Sought> {
+        let now = Instant::now();
+        if let Some(pin) = &plan.pin {
+            if !tried.is_empty() {
+                return Some(Sought::Nobody);
+            }
+            return match pin.try_admit(now) {
+                Ok(slot) => Some(Sought::Slot(slot)),
+                Err(Refusal::Busy) => None,
+                Err(Refusal::Unavailable) => Some(Sought::Nobody),
+            };
+        }
+        match step.group.pick(&step.model, tried, self.affinity, now) {
+            Pick::Chosen(slot) => Some(Sought::Slot(slot)),
+            Pick::Down(_) | Pick::Exhausted => Some(Sought::Nobody),
+            Pick::Busy => None,
+        }
+    }
+
+    /// Takes what should not be asked now: the pin, or the fallback, that gets
+    /// its one try whatever is known of it.
+    fn insist(&self, plan: &Plan, step: &Step) -> Option<Slot> {
+        match &plan.pin {
+            Some(pin) if pin.health.is_off() => None,
+            Some(pin) => pin.try_acquire(),
+            None => step.group.pick_any(&step.model, &[], Instant::now()),
+        }
+    }
+
+    /// Makes one try and notes what came of it.
+    async fn try_one(
+        &mut self,
+        step: &Step,
+        slot: Slot,
+        client: &mut Client<'_>,
+    ) -> Result<Next, Left> {
+        let upstream = Arc::clone(slot.upstream());
+        if let Some(previous) = self.ctx.attempts.last() {
+            self.metrics
+                .failovers
+                .with_label_values(&[&*previous.upstream, &*upstream.name])
+                .inc();
+        }
+        let began = Instant::now();
+        let number = self.ctx.attempts.len() + 1;
+        let mut attempt = Attempt {
+            ctx: &mut *self.ctx,
+            chain: self.chain,
+            metrics: self.metrics,
+            limits: self.limits,
+            step,
+            upstream: &upstream,
+            deadline: self.deadline,
+            number,
+        };
+        let tried = Box::pin(attempt.run(self.connector, client)).await;
+        drop(slot);
+        let note = |verdict, status: Option<StatusCode>, maybe_billed| context::Attempt {
+            group: Arc::clone(&step.group.name),
+            upstream: Arc::clone(&upstream.name),
+            verdict,
+            status: status.map(|status| status.as_u16()),
+            maybe_billed,
+            fallback: step.fallback,
+            took: began.elapsed(),
+        };
+        match tried {
+            Err(Left) => {
+                self.note(note(Verdict::Abandoned, None, true));
+                Err(Left)
+            }
+            Ok(Tried::Ended(ended)) => {
+                let cut = ended.verdict == Verdict::Cut;
+                if cut {
+                    upstream.health.failed(Instant::now());
+                }
+                self.note(note(ended.verdict, Some(ended.status), cut));
+                Ok(Next::Ended(ended))
+            }
+            Ok(Tried::PassOn(error)) => {
+                upstream.health.succeeded();
+                self.note(note(Verdict::CallersFault, Some(error.status), false));
+                Ok(Next::Tell(error))
+            }
+            Ok(Tried::Failed(failure)) => {
+                self.note(note(
+                    failure.verdict,
+                    failure.status,
+                    failure.is_ambiguous(),
+                ));
+                log::info!(
+                    "attempt failed: id={} group={} upstream={} verdict={} cause={}",
+                    self.ctx.id,
+                    step.group.name,
+                    upstream.name,
+                    failure.verdict.as_str(),
+                    failure.cause
+                );
+                Ok(self.after_failure(step, &upstream, failure))
+            }
+        }
+    }
+
+    fn after_failure(&mut self, step: &Step, upstream: &Upstream, failure: Failure) -> Next {
+        let now = Instant::now();
+        match failure.verdict {
+            Verdict::Rejected if failure.retry_after.is_some() => {
+                upstream.health.cool(failure.retry_after, now);
+            }
+            Verdict::Failed | Verdict::TimedOut => upstream.health.failed(now),
+            _ => {}
+        }
+        let ambiguous = failure.is_ambiguous();
+        if failure.verdict != Verdict::NotSent {
+            self.last_answer = Some(failure);
+        }
+        if !ambiguous {
+            return Next::Group;
+        }
+        if !step.group.config.retry_ambiguous {
+            let error = verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, "");
+            return Next::Tell(error);
+        }
+        if std::mem::replace(&mut self.ambiguous_used, true) {
+            Next::Fallback
+        } else {
+            Next::Group
+        }
+    }
+
+    fn note(&mut self, attempt: context::Attempt) {
+        let upstream = &*attempt.upstream;
+        self.metrics
+            .attempts
+            .with_label_values(&[&*attempt.group, upstream, attempt.verdict.as_str()])
+            .inc();
+        if attempt.maybe_billed && attempt.verdict != Verdict::Cut {
+            self.metrics
+                .maybe_billed
+                .with_label_values(&[upstream])
+                .inc();
+        }
+        self.ctx.attempts.push(attempt);
+    }
+
+    /// Returns whether the last failure is one that time may heal.
+    fn same_may_recover(&self) -> bool {
+        self.ctx.attempts.last().is_some_and(|attempt| {
+            matches!(
+                attempt.verdict,
+                Verdict::NotSent | Verdict::Rejected | Verdict::Failed
+            )
+        })
+    }
+
+    /// Waits before the same upstream is asked again: exponential, with full
+    /// jitter, so that many clients do not come back at once.
+    async fn back_off(&self, round: u32, client: &mut Client<'_>) -> Result<Waited<()>, Left> {
+        let longest = BACKOFF_FIRST
+            .saturating_mul(2_u32.saturating_pow(round))
+            .min(BACKOFF_MAX);
+        let wait = longest.mul_f64(rand::rng().random::<f64>());
+        client.wait(self.deadline, tokio::time::sleep(wait)).await
+    }
+
+    fn give_up(&self, plan: &Plan, busy: bool) -> Error {
+        if Instant::now() >= self.deadline {
+            self.metrics
+                .limits
+                .with_label_values(&["total_timeout"])
+                .inc();
+            return Error::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "server_error",
+                "total_timeout",
+                "no model server answered within the time a request may take",
+            );
+        }
+        if busy && self.last_answer.is_none() {
+            return Error::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "server_error",
+                "overloaded",
+                "every model server is busy",
+            )
+            .retry_after(RETRY_AFTER);
+        }
+        if self.ctx.attempts.is_empty()
+            && let Some(wait) = soonest(plan)
+        {
+            // Everybody asked to be left alone, and nobody else is there.
+            let failure = Failure {
+                status: Some(StatusCode::TOO_MANY_REQUESTS),
+                retry_after: Some(wait),
+                ..Failure::new(Verdict::Rejected, "cooling")
+            };
+            return verdict::give_up(Some(&failure), wait, &plan.model);
+        }
+        verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, &plan.model)
+    }
+}
+
+/// Returns when the first upstream that asked to be left alone may be asked
+/// again; `None` if no upstream did.
+fn soonest(plan: &Plan) -> Option<Duration> {
+    let now = Instant::now();
+    plan.steps
+        .iter()
+        .flat_map(|step| &step.group.upstreams)
+        .filter(|upstream| upstream.health.state(now) == State::Cooling)
+        .map(|upstream| upstream.health.wait(now))
+        .min()
+}
+
+impl Ended {
+    /// An answer made here.
+    pub(super) fn local(status: StatusCode, error: Option<Cow<'static, str>>) -> Self {
+        let ending = if status.is_server_error() {
+            Ending::ServerError
+        } else if status.is_client_error() {
+            Ending::ClientError
+        } else {
+            Ending::Success
+        };
+        Self {
+            ending,
+            verdict: Verdict::Answered,
+            status,
+            error,
+            streamed: false,
+            first_token: None,
+            usage: None,
+        }
+    }
+}

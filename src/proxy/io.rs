@@ -1,0 +1,266 @@
+//! Two thin wrappers of a Pingora stream: [`Prefixed`], of which some bytes have
+//! been read already, and [`Guarded`], which bounds a request's header in time.
+
+use std::{
+    any::Any,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::{Buf, Bytes, BytesMut};
+use pingora::{
+    protocols::ALPN,
+    protocols::{
+        GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl,
+        Stream, TimingDigest, UniqueID, UniqueIDType, raw_connect::ProxyDigest, tls::SslDigest,
+    },
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep},
+};
+
+/// Everything of Pingora's `IO` but reading and peeking is the wrapped stream's.
+macro_rules! forward_to_stream {
+    ($type:ty) => {
+        impl AsyncWrite for $type {
+            fn poll_write(
+                mut self: Pin<&mut Self>,
+                cx: &mut Context<'_>,
+                bytes: &[u8],
+            ) -> Poll<io::Result<usize>> {
+                Pin::new(&mut self.stream).poll_write(cx, bytes)
+            }
+
+            fn poll_write_vectored(
+                mut self: Pin<&mut Self>,
+                cx: &mut Context<'_>,
+                slices: &[io::IoSlice<'_>],
+            ) -> Poll<io::Result<usize>> {
+                Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+            }
+
+            fn is_write_vectored(&self) -> bool {
+                self.stream.is_write_vectored()
+            }
+
+            fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+                Pin::new(&mut self.stream).poll_flush(cx)
+            }
+
+            fn poll_shutdown(
+                mut self: Pin<&mut Self>,
+                cx: &mut Context<'_>,
+            ) -> Poll<io::Result<()>> {
+                Pin::new(&mut self.stream).poll_shutdown(cx)
+            }
+        }
+
+        #[async_trait]
+        impl Shutdown for $type {
+            async fn shutdown(&mut self) {
+                self.stream.shutdown().await;
+            }
+        }
+
+        impl UniqueID for $type {
+            fn id(&self) -> UniqueIDType {
+                self.stream.id()
+            }
+        }
+
+        impl Ssl for $type {
+            fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
+                self.stream.get_ssl_digest()
+            }
+
+            fn selected_alpn_proto(&self) -> Option<ALPN> {
+                self.stream.selected_alpn_proto()
+            }
+        }
+
+        impl GetTimingDigest for $type {
+            fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+                self.stream.get_timing_digest()
+            }
+        }
+
+        impl GetProxyDigest for $type {
+            fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+                self.stream.get_proxy_digest()
+            }
+        }
+
+        impl GetSocketDigest for $type {
+            fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+                self.stream.get_socket_digest()
+            }
+        }
+    };
+}
+
+/// A stream that first gives back the bytes that were read from it.
+#[derive(Debug)]
+pub(super) struct Prefixed {
+    first: Bytes,
+    stream: Stream,
+}
+
+impl Prefixed {
+    /// Puts `first` before what `stream` still has.
+    pub(super) fn new(first: Bytes, stream: Stream) -> Self {
+        Self { first, stream }
+    }
+}
+
+forward_to_stream!(Prefixed);
+
+#[async_trait]
+impl Peek for Prefixed {}
+
+impl AsyncRead for Prefixed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.first.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buffer);
+        }
+        give_back(&mut self.first, buffer);
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Whether a request's header is being read; shared by a connection's
+/// [`Guarded`] stream and the hooks of the proxy.
+#[derive(Debug, Default)]
+struct Phase {
+    header_done: AtomicBool,
+}
+
+/// A client's stream that fails when a header takes too long, however slowly
+/// and steadily its bytes drip in.
+///
+/// The clock starts with the first byte of a request, not with the connection:
+/// an idle kept-alive connection is Pingora's business. It stops at
+/// [`header_is_in`](Self::header_is_in) and is armed again by
+/// [`request_is_over`](Self::request_is_over).
+#[derive(Debug)]
+pub(super) struct Guarded {
+    first: BytesMut,
+    stream: Stream,
+    phase: Phase,
+    allowed: Duration,
+    clock: Option<Pin<Box<Sleep>>>,
+}
+
+impl Guarded {
+    /// Guards a new connection.
+    pub(super) fn new(stream: Stream, allowed: Duration) -> Self {
+        Self {
+            first: BytesMut::new(),
+            stream,
+            phase: Phase::default(),
+            allowed,
+            clock: None,
+        }
+    }
+
+    /// Stops the clock: what comes now is a body.
+    pub(super) fn header_is_in(&self) {
+        self.phase.header_done.store(true, Ordering::Relaxed);
+    }
+
+    /// Arms the clock: what comes now is the next header.
+    pub(super) fn request_is_over(&self) {
+        self.phase.header_done.store(false, Ordering::Relaxed);
+    }
+
+    /// Passes on what the stream reads, and an error once the time is up.
+    fn poll_in_time(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.phase.header_done.load(Ordering::Relaxed) {
+            self.clock = None;
+            return Pin::new(&mut self.stream).poll_read(cx, buffer);
+        }
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if self.clock.is_none() && buffer.filled().len() > before {
+            let until = Instant::now() + self.allowed;
+            self.clock = Some(Box::pin(tokio::time::sleep_until(until)));
+        }
+        match self.clock.as_mut().map(|clock| clock.as_mut().poll(cx)) {
+            Some(Poll::Ready(())) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+            _ => read,
+        }
+    }
+}
+
+forward_to_stream!(Guarded);
+
+impl AsyncRead for Guarded {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.first.is_empty() {
+            return self.poll_in_time(cx, buffer);
+        }
+        give_back(&mut self.first, buffer);
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[async_trait]
+impl Peek for Guarded {
+    /// Reads until the bytes differ from HTTP/2's preface or are all of it, and
+    /// puts them back.
+    ///
+    /// Pingora's own peek waits for 24 bytes, which `GET / HTTP/1.0` with its
+    /// empty line never sends.
+    async fn try_peek(&mut self, wanted: &mut [u8]) -> io::Result<bool> {
+        const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        let mut seen = BytesMut::with_capacity(wanted.len());
+        while seen.len() < wanted.len() && PREFACE.starts_with(&seen) {
+            let room = wanted.len() - seen.len();
+            let mut piece = vec![0; room];
+            let read = self.read(&mut piece).await?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            piece.truncate(read);
+            seen.extend_from_slice(&piece);
+        }
+        wanted.fill(0);
+        for (to, from) in wanted.iter_mut().zip(seen.iter()) {
+            *to = *from;
+        }
+        self.first = seen;
+        Ok(true)
+    }
+}
+
+fn give_back(first: &mut impl Buf, buffer: &mut ReadBuf<'_>) {
+    let fitting = first.remaining().min(buffer.remaining());
+    let bytes = first.copy_to_bytes(fitting);
+    buffer.put_slice(&bytes);
+}
+
+/// Returns the guarded stream behind a session's stream, if it is one: under
+/// HTTP/2 it is out of reach, and the header's time is bounded by the peek.
+pub(super) fn guarded(stream: &Stream) -> Option<&Guarded> {
+    let any: &dyn Any = stream.as_any();
+    any.downcast_ref()
+}

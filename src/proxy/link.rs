@@ -1,0 +1,253 @@
+//! One connection to one upstream, for one attempt: the request goes out, the
+//! answer comes in.
+//!
+//! Pingora's transport connector gives and takes back the stream (pool, TLS,
+//! connect timeouts); its HTTP/1 session reads the answer. Only the request is
+//! written here, for two reasons: head and body leave in one vectored write
+//! (Pingora's session sends and flushes the head alone: one packet and one
+//! wake-up of the upstream more), and an upstream that answers before it has
+//! read a long body is heard while the body is still on its way.
+
+use std::{
+    future::{Future, poll_fn},
+    io::{
+        self,
+        ErrorKind::{BrokenPipe, ConnectionReset},
+        IoSlice,
+    },
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use http::StatusCode;
+use pingora::{
+    ErrorType,
+    connectors::TransportConnector,
+    http::ResponseHeader,
+    protocols::{Stream, http::v1::client::HttpSession},
+    upstreams::peer::{HttpPeer, Peer},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Sleep, sleep},
+};
+
+use super::io::Prefixed;
+
+/// A request as it goes on the wire: head and body. Cheap to clone; the same
+/// for every connection that an attempt may need.
+#[derive(Clone)]
+pub(super) struct WireRequest {
+    /// Request line and header fields, with the empty line.
+    pub(super) head: Bytes,
+    /// The body, of exactly the length that the head says.
+    pub(super) body: Bytes,
+}
+
+/// Why no answer's header came.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkError {
+    /// No connection: the request was certainly not sent.
+    #[error("connect: {0}")]
+    Connect(Box<pingora::Error>),
+    /// The connection broke before the first byte of an answer.
+    #[error("broken before the answer: {0}")]
+    Broken(String),
+    /// What came was not HTTP.
+    #[error("not a valid answer: {0}")]
+    Invalid(Box<pingora::Error>),
+}
+
+/// An open connection whose request has been sent and whose answer has begun.
+pub(super) struct Link {
+    session: HttpSession,
+    reusable: bool,
+}
+
+/// Returns a pooled connection, or makes one; with whether it was pooled.
+pub(super) async fn connect(
+    connector: &TransportConnector,
+    peer: &HttpPeer,
+) -> Result<(Stream, bool), LinkError> {
+    connector.get_stream(peer).await.map_err(LinkError::Connect)
+}
+
+/// Makes a connection, never a pooled one.
+pub(super) async fn connect_anew(
+    connector: &TransportConnector,
+    peer: &HttpPeer,
+) -> Result<Stream, LinkError> {
+    connector.new_stream(peer).await.map_err(LinkError::Connect)
+}
+
+/// A connection on which the request has been sent, all of it or as much as the
+/// upstream wanted.
+pub(super) struct Sent {
+    stream: Stream,
+    reusable: bool,
+}
+
+/// Sends the request, listening for an early answer whenever the upstream takes
+/// no more.
+///
+/// # Errors
+/// [`LinkError::Broken`] on a pooled connection means that the upstream had
+/// given it up: the request may be sent again on a fresh one.
+pub(super) async fn send(
+    mut stream: Stream,
+    request: WireRequest,
+    stall: Duration,
+) -> Result<Sent, LinkError> {
+    match write(&mut stream, request, stall).await {
+        Ok(Written::Whole) => Ok(Sent {
+            stream,
+            reusable: true,
+        }),
+        Ok(Written::AnsweredEarly(first)) => Ok(Sent {
+            stream: Box::new(Prefixed::new(first, stream)),
+            reusable: false,
+        }),
+        // The upstream may have answered and closed: its answer, if there is
+        // one, is in the receive buffer still.
+        Err(why) if matches!(why.kind(), BrokenPipe | ConnectionReset) => Ok(Sent {
+            stream,
+            reusable: false,
+        }),
+        Err(why) => Err(LinkError::Broken(format!("while sending: {why}"))),
+    }
+}
+
+impl Link {
+    /// Reads until the header of the answer is in. Informational answers (1xx)
+    /// are passed over. The deadline is the caller's: dropping the future
+    /// closes the connection.
+    ///
+    /// # Errors
+    /// [`LinkError::Broken`] as in [`send`]; [`LinkError::Invalid`] if what came
+    /// was not HTTP.
+    pub(super) async fn receive(sent: Sent, peer: &HttpPeer) -> Result<Self, LinkError> {
+        let mut session = HttpSession::new_with_options(sent.stream, peer);
+        loop {
+            if let Err(why) = session.read_response().await {
+                return Err(match why.etype {
+                    ErrorType::ConnectionClosed
+                    | ErrorType::ReadError
+                    | ErrorType::ReadTimedout => LinkError::Broken(why.to_string()),
+                    _ => LinkError::Invalid(why),
+                });
+            }
+            match session.get_status() {
+                Some(StatusCode::SWITCHING_PROTOCOLS) | None => {
+                    let why = "an upgrade that nobody asked for";
+                    return Err(LinkError::Invalid(pingora::Error::explain(
+                        ErrorType::InvalidHTTPHeader,
+                        why,
+                    )));
+                }
+                Some(status) if status.is_informational() => {}
+                Some(_) => break,
+            }
+        }
+        Ok(Self {
+            session,
+            reusable: sent.reusable,
+        })
+    }
+
+    /// Returns the header of the answer.
+    pub(super) fn head(&self) -> &ResponseHeader {
+        self.session
+            .resp_header()
+            .expect("exchange() returns with a header")
+    }
+
+    /// Reads the next piece of the body; `None` at its end. May be dropped and
+    /// called again: nothing is lost.
+    ///
+    /// # Errors
+    /// The connection broke, or the framing was wrong: the body is incomplete.
+    pub(super) async fn read(&mut self) -> pingora::Result<Option<Bytes>> {
+        self.session.read_body_bytes().await
+    }
+
+    /// Returns whether the body was read to its end.
+    pub(super) fn is_done(&mut self) -> bool {
+        self.session.is_body_done()
+    }
+
+    /// Gives the connection back to the pool if its answer was read to the end
+    /// and it may be used again; closes it otherwise.
+    pub(super) async fn release(mut self, connector: &TransportConnector, peer: &HttpPeer) {
+        if !self.reusable {
+            self.session.shutdown().await;
+            return;
+        }
+        self.session.respect_keepalive();
+        if let Some(stream) = self.session.reuse().await {
+            connector.release_stream(stream, peer.reuse_hash(), peer.idle_timeout());
+        }
+    }
+
+    /// Closes the connection at once: the upstream stops working.
+    pub(super) async fn close(mut self) {
+        self.session.shutdown().await;
+    }
+}
+
+/// How much of a request was written before something came back.
+enum Written {
+    /// All of it.
+    Whole,
+    /// Not all: the upstream answered while it was on its way. The first bytes
+    /// of that answer.
+    AnsweredEarly(Bytes),
+}
+
+async fn write(stream: &mut Stream, request: WireRequest, stall: Duration) -> io::Result<Written> {
+    let WireRequest { mut head, mut body } = request;
+    // Armed only when the upstream takes no more, so that an ordinary request
+    // costs no timer.
+    let mut stalled: Option<Pin<Box<Sleep>>> = None;
+    poll_fn(|cx| {
+        while !head.is_empty() || !body.is_empty() {
+            let slices = [IoSlice::new(&head), IoSlice::new(&body)];
+            match Pin::new(&mut *stream).poll_write_vectored(cx, &slices) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(written)) => {
+                    let of_head = written.min(head.len());
+                    head.advance(of_head);
+                    body.advance(written - of_head);
+                    stalled = None;
+                }
+                Poll::Ready(Err(why)) => return Poll::Ready(Err(why)),
+                Poll::Pending => {
+                    if let Poll::Ready(answered) = poll_early_answer(stream, cx) {
+                        return Poll::Ready(answered);
+                    }
+                    let clock = stalled.get_or_insert_with(|| Box::pin(sleep(stall)));
+                    return clock
+                        .as_mut()
+                        .poll(cx)
+                        .map(|()| Err(io::ErrorKind::TimedOut.into()));
+                }
+            }
+        }
+        Pin::new(&mut *stream)
+            .poll_flush(cx)
+            .map_ok(|()| Written::Whole)
+    })
+    .await
+}
+
+fn poll_early_answer(stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<Written>> {
+    let mut first = [0; 1024];
+    let mut buffer = ReadBuf::new(&mut first);
+    ready!(Pin::new(stream).poll_read(cx, &mut buffer))?;
+    if buffer.filled().is_empty() {
+        return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+    }
+    let first = Bytes::copy_from_slice(buffer.filled());
+    Poll::Ready(Ok(Written::AnsweredEarly(first)))
+}

@@ -1,0 +1,99 @@
+//! The end of a request: its metrics, its access line, its plugins' last hook.
+
+use std::borrow::Cow;
+
+use super::Live;
+use crate::{
+    context::{Ending, Outcome},
+    gateway::Gateway,
+    logging::{AccessLine, write_access},
+};
+
+/// Records a request that ended. Called once per request.
+pub(super) async fn write(gateway: &Gateway, live: Live) {
+    let Live {
+        ctx,
+        snapshot: _snapshot,
+        chain,
+        call,
+        bytes_in,
+        done,
+    } = live;
+    let done = done.unwrap_or_else(|| super::Done::left(0));
+    let ended = done.ended;
+    let outcome = Outcome {
+        status: ended.status.as_u16(),
+        ending: ended.ending,
+        error: ended.error,
+        streamed: ended.streamed,
+        first_token: ended.first_token,
+        total: ctx.started.elapsed(),
+        bytes_out: done.bytes_out,
+        usage: ended.usage,
+    };
+    let metrics = &gateway.resources.metrics;
+    let status = outcome.status.to_string();
+    let route = &*ctx.route;
+    metrics
+        .requests
+        .with_label_values(&[call, route, &status, outcome.ending.as_str()])
+        .inc();
+    metrics
+        .total
+        .with_label_values(&[call])
+        .observe(outcome.total.as_secs_f64());
+    // An upstream's own code may be anything: it must not become a label.
+    let code = match &outcome.error {
+        Some(Cow::Borrowed(ours)) => Some(*ours),
+        Some(Cow::Owned(_)) => Some("from_upstream"),
+        None => None,
+    };
+    if let Some(code) = code {
+        metrics.errors.with_label_values(&[code]).inc();
+    }
+    if outcome.ending == Ending::ClientClosed {
+        metrics.client_closed.inc();
+    }
+    let direction = |name| metrics.body_bytes.with_label_values(&[name]);
+    direction("in").inc_by(bytes_in as u64);
+    direction("out").inc_by(outcome.bytes_out);
+    let last = ctx.attempts.last();
+    let upstream = last.map_or("", |attempt| &*attempt.upstream);
+    if let Some(first_token) = outcome.first_token {
+        metrics
+            .first_token
+            .with_label_values(&[route, upstream])
+            .observe(first_token.as_secs_f64());
+    }
+    if let Some(usage) = &outcome.usage {
+        let tokens = |name| metrics.tokens.with_label_values(&[route, upstream, name]);
+        tokens("in").inc_by(usage.prompt_tokens);
+        tokens("out").inc_by(usage.completion_tokens);
+    }
+    if let Some(chain) = chain {
+        chain.on_finish(&ctx, &outcome).await;
+    }
+    write_access(&AccessLine {
+        request_id: &ctx.id,
+        client: ctx.client_ip,
+        caller: ctx.caller(),
+        method: ctx.method.as_str(),
+        path: &ctx.path,
+        status: outcome.status,
+        ending: outcome.ending.as_str(),
+        model: ctx.request.as_ref().map(|request| request.model.as_str()),
+        route: Some(route).filter(|route| !route.is_empty()),
+        group: last.map(|attempt| &*attempt.group),
+        upstream: last.map(|attempt| &*attempt.upstream),
+        attempts: ctx.attempts.len(),
+        fallback: last.is_some_and(|attempt| attempt.fallback),
+        streamed: outcome.streamed,
+        bytes_in: bytes_in as u64,
+        bytes_out: outcome.bytes_out,
+        first_token: outcome.first_token,
+        total: outcome.total,
+        tokens_in: outcome.usage.as_ref().map(|usage| usage.prompt_tokens),
+        tokens_out: outcome.usage.as_ref().map(|usage| usage.completion_tokens),
+        error: outcome.error.as_deref(),
+    });
+}

@@ -1,0 +1,335 @@
+//! A streamed answer: events in, events out, nothing held back longer than it
+//! must be.
+//!
+//! Until the first meaningful event the client has seen nothing of this
+//! upstream: what came is held, and a stream that fails, ends or says an error
+//! before it costs the client nothing. That event commits: the head goes out,
+//! then what was held, then every event as soon as it is whole.
+//!
+//! **Invariant:** `[DONE]` is sent only if the upstream sent it, and never
+//! after an error event.
+
+use std::time::{Duration, Instant};
+
+use bytes::{BufMut, BytesMut};
+
+use super::{
+    attempt::{Answering, Attempt, Tried},
+    client::{Client, Left, Waited, event_stream},
+    exchange::Ended,
+    verdict::Failure,
+};
+use crate::{
+    context::{Ending, Verdict},
+    error::Error,
+    openai::{Endpoint, Facts, Frame, Framer, Usage, error_event, inspect, without_usage},
+};
+
+/// How long an upstream may send comments and nothing else.
+const COMMENTS_ONLY_MAX: Duration = Duration::from_secs(600);
+/// How long the end of a stream's framing is waited for after its last event,
+/// so that the connection can be used again.
+const TAIL_TIMEOUT: Duration = Duration::from_millis(50);
+
+/// One stream on its way.
+struct Relay {
+    answering: Answering,
+    framer: Framer,
+    endpoint: Endpoint,
+    /// What goes out with the next write: before the commit all that is held.
+    out: BytesMut,
+    committed: bool,
+    first_token: Option<Duration>,
+    usage: Option<Usage>,
+    last_event: Instant,
+    ends: Instant,
+}
+
+/// What a batch of events came to.
+enum Step {
+    /// More is to come.
+    On,
+    /// The last event is in `out`.
+    Done,
+    /// The stream cannot go on.
+    Broken(Failure),
+}
+
+impl Attempt<'_> {
+    /// Relays the stream to its end.
+    ///
+    /// # Errors
+    /// [`Left`]: the client is gone; the upstream's connection is closed.
+    pub(super) async fn relay(
+        &mut self,
+        answering: Answering,
+        client: &mut Client<'_>,
+    ) -> Result<Tried, Left> {
+        let now = Instant::now();
+        let mut relay = Relay {
+            framer: Framer::new(self.limits.event.get()),
+            endpoint: self
+                .ctx
+                .request
+                .as_ref()
+                .map_or(Endpoint::ChatCompletions, |request| request.endpoint),
+            out: BytesMut::new(),
+            committed: false,
+            first_token: None,
+            usage: None,
+            last_event: now,
+            ends: now,
+            answering,
+        };
+        match self.pump(&mut relay, client).await {
+            Ok(Ok(())) => {
+                let ended = self.finish(relay, client).await?;
+                Ok(Tried::Ended(ended))
+            }
+            Ok(Err(failure)) if !relay.committed => {
+                relay.answering.link.close().await;
+                Ok(Tried::Failed(failure))
+            }
+            Ok(Err(failure)) => {
+                let ended = self.break_off(relay, failure, client).await?;
+                Ok(Tried::Ended(ended))
+            }
+            Err(Left) => {
+                relay.answering.link.close().await;
+                Err(Left)
+            }
+        }
+    }
+
+    /// Reads and sends until the last event is in `relay.out`, or until the
+    /// stream cannot go on.
+    async fn pump(
+        &mut self,
+        relay: &mut Relay,
+        client: &mut Client<'_>,
+    ) -> Result<Result<(), Failure>, Left> {
+        loop {
+            let deadline = self.next_deadline(relay);
+            let piece = match client.wait(deadline, relay.answering.link.read()).await? {
+                Waited::Done(Ok(Some(piece))) => piece,
+                Waited::Done(Ok(None)) => {
+                    let why = "ended without its last event";
+                    return Ok(Err(Failure::new(Verdict::Failed, why)));
+                }
+                Waited::Done(Err(why)) => {
+                    let cause = format!("broken inside the stream: {why}");
+                    return Ok(Err(Failure::new(Verdict::Failed, cause)));
+                }
+                Waited::TooLate => {
+                    let why = "no event in time";
+                    return Ok(Err(Failure::new(Verdict::TimedOut, why)));
+                }
+            };
+            relay.framer.push(&piece);
+            match self.take_events(relay, client).await? {
+                Step::On => {}
+                Step::Done => return Ok(Ok(())),
+                Step::Broken(failure) => return Ok(Err(failure)),
+            }
+            if relay.committed && !relay.out.is_empty() {
+                client.write(relay.out.split().freeze()).await?;
+            }
+        }
+    }
+
+    /// Moves every whole event from the framer to `out`; commits when one of
+    /// them is meaningful.
+    async fn take_events(
+        &mut self,
+        relay: &mut Relay,
+        client: &mut Client<'_>,
+    ) -> Result<Step, Left> {
+        while let Some(event) = relay.framer.next() {
+            let mut frame = match event {
+                Ok(frame) => frame,
+                Err(why) => {
+                    self.metrics.limits.with_label_values(&["event"]).inc();
+                    return Ok(broken(Verdict::Failed, why.to_string()));
+                }
+            };
+            let facts = inspect(relay.endpoint, &frame);
+            if let Some(step) = self.look_at(relay, &frame, &facts) {
+                return Ok(step);
+            }
+            if facts.meaningful && !relay.committed {
+                self.commit(relay, client).await?;
+            }
+            if self.chain.wants_events
+                && let Err(error) = self.chain.on_event(self.ctx, &mut frame)
+            {
+                return Ok(broken(Verdict::Cut, error.to_string()));
+            }
+            if facts.done {
+                self.add_last_comment(relay, client);
+            }
+            Self::keep(relay, &frame, &facts);
+            if facts.done {
+                return Ok(Step::Done);
+            }
+            if !relay.committed && relay.out.len() > self.limits.event.get() {
+                self.metrics.limits.with_label_values(&["event"]).inc();
+                return Ok(broken(Verdict::Failed, "too much before the first token"));
+            }
+        }
+        Ok(Step::On)
+    }
+
+    /// Notes what an event tells; returns a step if the stream ends with it.
+    fn look_at(&self, relay: &mut Relay, frame: &Frame, facts: &Facts) -> Option<Step> {
+        if let Some(error) = &facts.error {
+            let verdict = if error.hard_quota() {
+                Verdict::Credential
+            } else {
+                Verdict::Failed
+            };
+            return Some(broken(verdict, "an error event"));
+        }
+        if facts.usage.is_some() {
+            relay.usage = facts.usage;
+        }
+        if !frame.is_comment {
+            relay.last_event = Instant::now();
+        }
+        if facts.done && !relay.committed && !facts.meaningful {
+            return Some(broken(Verdict::Failed, "an empty answer"));
+        }
+        None
+    }
+
+    async fn commit(&mut self, relay: &mut Relay, client: &mut Client<'_>) -> Result<(), Left> {
+        relay.committed = true;
+        self.upstream.health.succeeded();
+        relay.first_token = Some(self.ctx.started.elapsed());
+        relay.ends = Instant::now() + self.limits.stream_timeout.get();
+        let mut head = event_stream(self.answer_headers());
+        if let Err(error) = self.chain.on_response(self.ctx, &mut head).await {
+            log::warn!("plugin failed on a response: id={} {error}", self.ctx.id);
+        }
+        client.send_head(head, None).await
+    }
+
+    /// Puts an event into `out`, without the usage that the client did not ask
+    /// for. Comments before the commit are dropped: ours take their place.
+    fn keep(relay: &mut Relay, frame: &Frame, facts: &Facts) {
+        if frame.is_comment && !relay.committed {
+            return;
+        }
+        if relay.answering.hide_usage {
+            if facts.usage_only {
+                return;
+            }
+            if let Some(hidden) = without_usage(frame) {
+                relay.out.put_slice(&hidden);
+                return;
+            }
+        }
+        relay.out.put_slice(&frame.raw);
+    }
+
+    /// If the head had to go out before this upstream was known, says who
+    /// answered in a comment before the last event.
+    fn add_last_comment(&self, relay: &mut Relay, client: &Client<'_>) {
+        if !client.head_was_early() {
+            return;
+        }
+        let who = serde_json::json!({
+            "upstream": &*self.upstream.name,
+            "group": &*self.step.group.name,
+            "attempts": self.number,
+            "fallback": self.step.fallback,
+        });
+        relay
+            .out
+            .put_slice(format!(": forebay {who}\n\n").as_bytes());
+    }
+
+    fn next_deadline(&self, relay: &Relay) -> Instant {
+        let timeouts = &self.upstream.timeouts;
+        if !relay.committed {
+            let first_token = relay.answering.sent_at + timeouts.first_token;
+            return self.deadline.min(first_token);
+        }
+        (Instant::now() + timeouts.inter_token)
+            .min(relay.last_event + COMMENTS_ONLY_MAX)
+            .min(relay.ends)
+    }
+
+    /// Sends the last event, and keeps the upstream's connection if its framing
+    /// ends soon too.
+    async fn finish(&mut self, mut relay: Relay, client: &mut Client<'_>) -> Result<Ended, Left> {
+        let last = relay.out.split().freeze();
+        if client.finish(last).await.is_err() {
+            relay.answering.link.close().await;
+            return Err(Left);
+        }
+        let mut link = relay.answering;
+        let tail = async { while let Ok(Some(_)) = link.link.read().await {} };
+        if tokio::time::timeout(TAIL_TIMEOUT, tail).await.is_ok() && link.link.is_done() {
+            link.release().await;
+        } else {
+            link.link.close().await;
+        }
+        Ok(Ended {
+            ending: Ending::Success,
+            verdict: Verdict::Answered,
+            status: http::StatusCode::OK,
+            error: None,
+            streamed: true,
+            first_token: relay.first_token,
+            usage: relay.usage,
+        })
+    }
+
+    /// Tells the client by an event that the answer is not complete.
+    async fn break_off(
+        &mut self,
+        mut relay: Relay,
+        failure: Failure,
+        client: &mut Client<'_>,
+    ) -> Result<Ended, Left> {
+        log::warn!(
+            "answer broken off: id={} upstream={} cause={}",
+            self.ctx.id,
+            self.upstream.name,
+            failure.cause
+        );
+        relay.answering.link.close().await;
+        let error = incomplete(failure.verdict);
+        let mut out = relay.out.split();
+        out.put_slice(&error_event(&error));
+        client.finish(out.freeze()).await?;
+        Ok(Ended {
+            ending: Ending::Incomplete,
+            verdict: Verdict::Cut,
+            status: http::StatusCode::OK,
+            error: error.code,
+            streamed: true,
+            first_token: relay.first_token,
+            usage: relay.usage,
+        })
+    }
+}
+
+fn broken(verdict: Verdict, cause: impl Into<String>) -> Step {
+    Step::Broken(Failure::new(verdict, cause))
+}
+
+/// The error event of an answer that broke off.
+fn incomplete(verdict: Verdict) -> Error {
+    let (code, message) = match verdict {
+        Verdict::TimedOut => (
+            "upstream_idle",
+            "the model server stopped sending before its answer was complete",
+        ),
+        _ => (
+            "upstream_incomplete",
+            "the model server failed before its answer was complete",
+        ),
+    };
+    Error::new(http::StatusCode::BAD_GATEWAY, "server_error", code, message)
+}

@@ -1,0 +1,205 @@
+//! What an upstream's answer means for the exchange: the table of the issue
+//! "what happened → what Forebay does", as code, in one place.
+
+use std::time::Duration;
+
+use http::StatusCode;
+
+use crate::{context::Verdict, error::Error, openai::UpstreamError};
+
+/// A try that did not answer the client, and why.
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// How it went.
+    pub(super) verdict: Verdict,
+    /// The upstream's status, if an answer came.
+    pub(super) status: Option<StatusCode>,
+    /// How long the upstream wants to be left alone.
+    pub(super) retry_after: Option<Duration>,
+    /// What happened, for the log alone.
+    pub(super) cause: String,
+}
+
+impl Failure {
+    /// Makes a failure without an answer.
+    pub(super) fn new(verdict: Verdict, cause: impl Into<String>) -> Self {
+        Self {
+            verdict,
+            status: None,
+            retry_after: None,
+            cause: cause.into(),
+        }
+    }
+
+    /// Returns whether the upstream may have done the work, so that a further
+    /// try may be paid twice.
+    pub(super) const fn is_ambiguous(&self) -> bool {
+        matches!(self.verdict, Verdict::Failed | Verdict::TimedOut)
+    }
+}
+
+/// What an upstream's error status asks for.
+pub(super) enum Judgement {
+    /// Try elsewhere.
+    Failed(Failure),
+    /// It is the caller's fault: passed on once, in our own shape.
+    PassOn(Error),
+}
+
+/// Judges an answer that is not a success.
+pub(super) fn judge(
+    status: StatusCode,
+    error: UpstreamError,
+    retry_after: Option<Duration>,
+) -> Judgement {
+    let verdict = match status.as_u16() {
+        _ if error.hard_quota() => Verdict::Credential,
+        429 | 503 | 529 => Verdict::Rejected,
+        401..=403 => Verdict::Credential,
+        404 | 501 => Verdict::NoModel,
+        408 | 300..=399 | 500..=599 => Verdict::Failed,
+        _ => return Judgement::PassOn(error.into_client_error(status)),
+    };
+    Judgement::Failed(Failure {
+        verdict,
+        status: Some(status),
+        retry_after,
+        cause: format!("status {}", status.as_u16()),
+    })
+}
+
+/// What the client is told when every try is used up. `last_answer` is the last
+/// failure that was an answer, or a silence, of an upstream that was reached.
+pub(super) fn give_up(last_answer: Option<&Failure>, wait: Duration, model: &str) -> Error {
+    let bad_gateway =
+        |code, message| Error::new(StatusCode::BAD_GATEWAY, "server_error", code, message);
+    let Some(last) = last_answer else {
+        return Error::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            "upstream_unavailable",
+            "no model server can be reached at the moment",
+        )
+        .retry_after(wait);
+    };
+    match (last.verdict, last.status.map(|status| status.as_u16())) {
+        (Verdict::Rejected, Some(429)) => Error::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "rate_limit_error",
+            "rate_limit_exceeded",
+            "every model server that could answer is at its rate limit",
+        )
+        .retry_after(last.retry_after.unwrap_or(wait)),
+        (Verdict::Rejected, _) => {
+            let error = bad_gateway(
+                "upstream_overloaded",
+                "every model server that could answer is overloaded",
+            );
+            error.retry_after(last.retry_after.unwrap_or(wait))
+        }
+        (Verdict::Credential, _) => bad_gateway(
+            "upstream_auth",
+            "the gateway's own credential was not accepted by the model server",
+        ),
+        (Verdict::NoModel, Some(501)) => Error::new(
+            StatusCode::NOT_IMPLEMENTED,
+            "invalid_request_error",
+            "unsupported_by_upstream",
+            "the model server does not support this call",
+        ),
+        (Verdict::NoModel, _) => model_not_found(model),
+        (Verdict::TimedOut, _) => Error::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "server_error",
+            "upstream_timeout",
+            "the model server did not answer in time",
+        ),
+        _ => bad_gateway("upstream_error", "the model server failed"),
+    }
+}
+
+/// 404: nobody serves the model.
+pub(super) fn model_not_found(model: &str) -> Error {
+    // The name is the client's own word: printable (the request was checked)
+    // and of bounded length.
+    Error::refused(
+        StatusCode::NOT_FOUND,
+        "model_not_found",
+        format!("the model `{model}` does not exist or is not available to you"),
+    )
+    .param("model")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(status: u16, body: &[u8]) -> Judgement {
+        let status = StatusCode::from_u16(status).unwrap();
+        judge(status, UpstreamError::read(body), None)
+    }
+
+    #[test]
+    fn each_status_is_judged_as_the_table_says() {
+        for (status, verdict) in [
+            (429, Verdict::Rejected),
+            (503, Verdict::Rejected),
+            (529, Verdict::Rejected),
+            (401, Verdict::Credential),
+            (402, Verdict::Credential),
+            (403, Verdict::Credential),
+            (404, Verdict::NoModel),
+            (501, Verdict::NoModel),
+            (408, Verdict::Failed),
+            (302, Verdict::Failed),
+            (500, Verdict::Failed),
+            (502, Verdict::Failed),
+            (504, Verdict::Failed),
+        ] {
+            match judged(status, b"{}") {
+                Judgement::Failed(failure) => assert_eq!(failure.verdict, verdict, "{status}"),
+                Judgement::PassOn(error) => panic!("{status} passed on: {error}"),
+            }
+        }
+        for status in [400, 409, 413, 422] {
+            match judged(status, b"{}") {
+                Judgement::PassOn(error) => assert_eq!(error.status.as_u16(), status),
+                Judgement::Failed(failure) => panic!("{status} not passed on: {failure:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn an_exhausted_quota_is_a_bad_credential_whatever_the_status() {
+        let body = br#"{"error":{"code":"insufficient_quota","message":"x","type":"y"}}"#;
+        for status in [400, 429] {
+            assert!(matches!(
+                judged(status, body),
+                Judgement::Failed(Failure {
+                    verdict: Verdict::Credential,
+                    ..
+                })
+            ));
+        }
+    }
+
+    #[test]
+    fn what_the_client_is_told_depends_on_the_last_answer() {
+        let told = |verdict, status: Option<u16>| {
+            let mut failure = Failure::new(verdict, "");
+            failure.status = status.map(|status| StatusCode::from_u16(status).unwrap());
+            give_up(Some(&failure), Duration::from_secs(1), "m")
+                .status
+                .as_u16()
+        };
+        assert_eq!(told(Verdict::Rejected, Some(429)), 429);
+        assert_eq!(told(Verdict::Rejected, Some(503)), 502);
+        assert_eq!(told(Verdict::Credential, Some(401)), 502);
+        assert_eq!(told(Verdict::NoModel, Some(404)), 404);
+        assert_eq!(told(Verdict::TimedOut, None), 504);
+        assert_eq!(told(Verdict::Failed, Some(500)), 502);
+        let unreachable = give_up(None, Duration::from_secs(1), "m");
+        assert_eq!(unreachable.status.as_u16(), 503);
+        assert!(unreachable.retry_after.is_some());
+    }
+}

@@ -1,0 +1,211 @@
+//! Assembles the process: the data listener, the admin listener, the background
+//! jobs, and how all of it stops.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use pingora::{
+    apps::HttpServerOptions,
+    protocols::http::v2::server::default_h2_options,
+    proxy::http_proxy,
+    server::{
+        RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch,
+        configuration::ServerConf,
+    },
+    services::{
+        background::{BackgroundService, background_service},
+        listening::Service,
+    },
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, sleep},
+};
+
+use crate::{
+    admin::Admin,
+    gateway::Gateway,
+    logging::LogHandle,
+    proxy::{Edge, Proxy},
+    reload::Reloader,
+    upstreams::resolve,
+};
+
+/// How long requests on their way may take after SIGTERM.
+const DRAIN: Duration = Duration::from_secs(300);
+/// How often a draining process looks whether it is done.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
+/// How long an idle HTTP/2 connection is kept (Pingora's default is for ever).
+const H2_IDLE: Duration = Duration::from_secs(300);
+/// How much of a body an HTTP/2 client may send unasked: per stream, and per
+/// connection. HTTP/2's own 64 KiB makes large uploads crawl.
+const H2_STREAM_WINDOW: u32 = 1024 * 1024;
+const H2_CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+
+/// Why the process cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address is taken, or not ours.
+    #[error("{key}: cannot listen on {address}: {source}")]
+    Listen {
+        /// Which of the listeners.
+        key: &'static str,
+        /// What it should have listened on.
+        address: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+/// Serves until a signal says stop. Blocks.
+///
+/// # Errors
+/// [`StartError`] before anything was served.
+pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError> {
+    let snapshot = gateway.snapshot();
+    let config = snapshot.config();
+    // Pingora panics in a thread of its own when it cannot bind; a process that
+    // seems to run but serves nobody is the worst answer to a taken port.
+    try_listen("listen", &config.listen)?;
+    try_listen("admin.listen", &config.admin.listen)?;
+
+    let threads = match config.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        some => some,
+    };
+    let mut server = Server::new_with_opt_and_conf(
+        None,
+        ServerConf {
+            threads,
+            // Stopping is ours, see `Signals`.
+            grace_period_seconds: Some(0),
+            graceful_shutdown_timeout_seconds: Some(1),
+            max_retries: 1,
+            ..ServerConf::default()
+        },
+    );
+    server.bootstrap();
+
+    let draining = Arc::new(AtomicBool::new(false));
+    let mut proxy = http_proxy(
+        &server.configuration,
+        Proxy::new(Arc::clone(&gateway), Arc::clone(&draining)),
+    );
+    let mut options = HttpServerOptions::default();
+    options.h2c = true;
+    options.keepalive_request_limit = Some(config.limits.keep_alive_requests);
+    options.h2_idle_timeout = Some(H2_IDLE);
+    proxy.server_options = Some(options);
+    let mut h2 = default_h2_options();
+    h2.initial_window_size(H2_STREAM_WINDOW)
+        .initial_connection_window_size(H2_CONNECTION_WINDOW);
+    proxy.h2_options = Some(h2);
+    let edge = Edge::new(proxy, config.limits.header_timeout.get());
+    let mut data = Service::new("data".to_owned(), edge);
+    data.add_tcp(&config.listen);
+    server.add_service(data);
+
+    let mut admin = Service::new("admin".to_owned(), Admin::new(Arc::clone(&gateway)));
+    admin.threads = Some(1);
+    admin.add_tcp(&config.admin.listen);
+    server.add_service(admin);
+
+    let reloader = Reloader::new(Arc::clone(&gateway), log);
+    server.add_service(background_service("reload", reloader));
+    let names = Resolver(Arc::clone(&gateway));
+    server.add_service(background_service("resolve", names));
+
+    log::info!(
+        "forebay {} listens: data={} admin={} threads={threads} config={} hash={}",
+        env!("CARGO_PKG_VERSION"),
+        config.listen,
+        config.admin.listen,
+        snapshot.loaded.file.display(),
+        snapshot.loaded.hash.chars().take(12).collect::<String>(),
+    );
+    drop(snapshot);
+    let signals = Signals { gateway, draining };
+    server.run(RunArgs {
+        shutdown_signal: Box::new(signals),
+    });
+    log::info!("forebay stopped");
+    Ok(())
+}
+
+fn try_listen(key: &'static str, address: &str) -> Result<(), StartError> {
+    let error = |source| StartError::Listen {
+        key,
+        address: address.to_owned(),
+        source,
+    };
+    let parsed: SocketAddr = address
+        .parse()
+        .map_err(|why| error(std::io::Error::other(why)))?;
+    TcpListener::bind(parsed).map(drop).map_err(error)
+}
+
+/// Keeps the addresses of the live upstreams fresh.
+struct Resolver(Arc<Gateway>);
+
+#[async_trait]
+impl BackgroundService for Resolver {
+    async fn start(&self, shutdown: ShutdownWatch) {
+        let live = || {
+            let snapshot = self.0.snapshot();
+            snapshot
+                .upstreams()
+                .map(|(_, upstream)| Arc::clone(upstream))
+                .collect()
+        };
+        resolve::run(live, shutdown).await;
+    }
+}
+
+/// Turns signals into Pingora's shutdown.
+///
+/// SIGTERM lets requests on their way end: new ones are still served, `/readyz`
+/// says 503, connections are not kept. A second signal, or SIGINT, ends at once.
+struct Signals {
+    gateway: Arc<Gateway>,
+    draining: Arc<AtomicBool>,
+}
+
+#[async_trait]
+impl ShutdownSignalWatch for Signals {
+    async fn recv(&self) -> ShutdownSignal {
+        let registered = (
+            signal(SignalKind::terminate()),
+            signal(SignalKind::interrupt()),
+        );
+        let (Ok(mut terminate), Ok(mut interrupt)) = registered else {
+            log::error!("signals cannot be handled: only SIGKILL will stop this process");
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
+            _ = terminate.recv() => {}
+        }
+        self.draining.store(true, Ordering::Relaxed);
+        let in_flight = &self.gateway.resources.metrics.in_flight;
+        log::info!("stopping: requests_in_flight={}", in_flight.get());
+        let until = Instant::now() + DRAIN;
+        let drained = async {
+            while in_flight.get() > 0 && Instant::now() < until {
+                sleep(DRAIN_LOOK).await;
+            }
+        };
+        tokio::select! {
+            () = drained => {}
+            _ = terminate.recv() => log::warn!("stopping at once: second signal"),
+            _ = interrupt.recv() => log::warn!("stopping at once: second signal"),
+        }
+        ShutdownSignal::FastShutdown
+    }
+}

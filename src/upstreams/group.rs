@@ -1,0 +1,469 @@
+//! Upstreams that can stand in for each other, and the choice among them.
+//!
+//! Start at [`Group::pick`]; [`build_all`] makes the groups of a configuration
+//! from those of the one before.
+//!
+//! **Invariant:** a pick never waits and, for groups of up to 16, never
+//! allocates.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use smallvec::SmallVec;
+
+use super::{
+    health::State,
+    strategies::{self, STRATEGIES, Strategy},
+    upstream::{self, Refusal, Secrets, Slot, Upstream, UpstreamError},
+};
+use crate::config;
+
+/// The upstreams among which a strategy chooses.
+type Candidates<'a> = SmallVec<[&'a Arc<Upstream>; 16]>;
+
+/// Upstreams that can stand in for each other.
+pub struct Group {
+    /// Its name in the YAML.
+    pub name: Arc<str>,
+    /// Whether its upstreams are on premises.
+    pub local: bool,
+    /// What the YAML says of it.
+    pub config: config::Group,
+    /// Its upstreams in the order of the YAML; never empty.
+    pub upstreams: Vec<Arc<Upstream>>,
+    strategy: Arc<dyn Strategy>,
+}
+
+/// What a pick came to.
+#[derive(Debug)]
+pub enum Pick {
+    /// A place at this upstream.
+    Chosen(Slot),
+    /// Every upstream that is left works on as many requests as it may.
+    Busy,
+    /// Nobody should go to what is left before this time has passed; zero means
+    /// that one is just being tried by another request, or all are off.
+    Down(Duration),
+    /// Every upstream that serves the model was tried.
+    Exhausted,
+}
+
+/// What makes a group's configuration useless.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: {problem}")]
+pub struct BuildError {
+    /// Where in the YAML, such as `groups.gpus.upstreams[1].url`.
+    pub path: String,
+    /// What is wrong and what was expected; never holds a secret.
+    pub problem: String,
+}
+
+/// The groups of the configuration before, to take over from.
+#[derive(Default)]
+pub struct Previous<'a> {
+    groups: HashMap<&'a str, &'a Arc<Group>>,
+    upstreams: HashMap<&'a str, &'a Arc<Upstream>>,
+}
+
+impl<'a> Previous<'a> {
+    /// Indexes the groups of the configuration before.
+    pub fn new(groups: &'a [Arc<Group>]) -> Self {
+        let upstreams = groups.iter().flat_map(|group| &group.upstreams);
+        Self {
+            groups: groups.iter().map(|group| (&*group.name, group)).collect(),
+            upstreams: upstreams
+                .map(|upstream| (&*upstream.name, upstream))
+                .collect(),
+        }
+    }
+}
+
+/// Builds the groups of a configuration, in its order.
+///
+/// # Errors
+/// All that is wrong with all of them.
+pub fn build_all(
+    config: &config::Config,
+    secrets: &Secrets,
+    disabled: &HashSet<String>,
+    previous: &Previous<'_>,
+) -> Result<Vec<Arc<Group>>, Vec<BuildError>> {
+    let mut groups = Vec::with_capacity(config.groups.len());
+    let mut errors = Vec::new();
+    for (name, config) in &config.groups {
+        match Group::build(name, config, secrets, disabled, previous) {
+            Ok(group) => groups.push(group),
+            Err(more) => errors.extend(more),
+        }
+    }
+    if errors.is_empty() {
+        Ok(groups)
+    } else {
+        Err(errors)
+    }
+}
+
+impl Group {
+    /// Builds a group. Upstreams are taken over by their name, from whatever
+    /// group they were in; a group of which nothing changed is returned itself.
+    ///
+    /// `disabled` names the upstreams that are switched off.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn build(
+        name: &str,
+        config: &config::Group,
+        secrets: &Secrets,
+        disabled: &HashSet<String>,
+        previous: &Previous<'_>,
+    ) -> Result<Arc<Self>, Vec<BuildError>> {
+        let mut errors = Vec::new();
+        let mut upstreams = Vec::with_capacity(config.upstreams.len());
+        for (index, upstream) in config.upstreams.iter().enumerate() {
+            let off = disabled.contains(&upstream.name);
+            let before = previous.upstreams.get(&*upstream.name).copied();
+            match upstream::build(upstream, secrets, off, before) {
+                Ok(upstream) => upstreams.push(upstream),
+                Err(more) => errors.extend(more.into_iter().map(|error| {
+                    let UpstreamError { key, problem } = error;
+                    BuildError {
+                        path: format!("groups.{name}.upstreams[{index}].{key}"),
+                        problem,
+                    }
+                })),
+            }
+        }
+        let strategy = strategies::find(&config.strategy);
+        if strategy.is_none() {
+            let known: Vec<_> = STRATEGIES.iter().map(|entry| entry.name).collect();
+            errors.push(BuildError {
+                path: format!("groups.{name}.strategy"),
+                problem: format!("expected one of {}", known.join(", ")),
+            });
+        }
+        let (Some(strategy), []) = (strategy, errors.as_slice()) else {
+            return Err(errors);
+        };
+
+        if let Some(old) = previous.groups.get(name).copied()
+            && old.config == *config
+            && old.upstreams.len() == upstreams.len()
+            && old
+                .upstreams
+                .iter()
+                .zip(&upstreams)
+                .all(|(a, b)| Arc::ptr_eq(a, b))
+        {
+            return Ok(Arc::clone(old));
+        }
+        Ok(Arc::new(Self {
+            name: name.into(),
+            local: config.local,
+            config: config.clone(),
+            upstreams,
+            strategy: (strategy.make)(),
+        }))
+    }
+
+    /// Chooses an upstream that serves `model` (by the name it is sent with), is
+    /// available, was not tried and has a free slot, and takes the slot.
+    ///
+    /// `tried` holds upstreams of this very group; `key` is the same for all
+    /// requests of one conversation.
+    pub fn pick(&self, model: &str, tried: &[Arc<Upstream>], key: u64, now: Instant) -> Pick {
+        let mut candidates = self.candidates(model, tried, now);
+        while let Some(upstream) = self.choose(&candidates, key) {
+            match candidates.get(upstream).map(|chosen| chosen.try_admit(now)) {
+                Some(Ok(slot)) => return Pick::Chosen(slot),
+                // Another request was quicker; on with the others.
+                Some(Err(Refusal::Busy | Refusal::Unavailable)) => {
+                    candidates.remove(upstream);
+                }
+                None => break,
+            }
+        }
+        self.why_none(model, tried, now)
+    }
+
+    /// Takes a slot at what should not be asked now, when there is nothing
+    /// better left: of those that were not tried, the one that should be ready
+    /// the soonest. Never one that is off or at its `concurrent`.
+    pub fn pick_any(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Option<Slot> {
+        let mut left: Candidates<'_> = self
+            .left(model, tried)
+            .filter(|upstream| !upstream.health.is_off())
+            .collect();
+        left.sort_by_key(|upstream| upstream.health.wait(now));
+        left.into_iter().find_map(Upstream::try_acquire)
+    }
+
+    /// Returns whether any of its upstreams serves a model, by the name it is
+    /// sent with; those that are off count.
+    pub fn serves(&self, model: &str) -> bool {
+        self.upstreams.iter().any(|upstream| upstream.serves(model))
+    }
+
+    /// Returns the upstream of this name.
+    pub fn find(&self, name: &str) -> Option<&Arc<Upstream>> {
+        self.upstreams
+            .iter()
+            .find(|upstream| &*upstream.name == name)
+    }
+
+    fn candidates(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Candidates<'_> {
+        self.left(model, tried)
+            .filter(|upstream| upstream.health.available(now) && upstream.has_free_slot())
+            .collect()
+    }
+
+    /// Returns what serves the model and was not tried.
+    fn left(&self, model: &str, tried: &[Arc<Upstream>]) -> impl Iterator<Item = &Arc<Upstream>> {
+        self.upstreams.iter().filter(move |upstream| {
+            !tried.iter().any(|tried| Arc::ptr_eq(tried, upstream)) && upstream.serves(model)
+        })
+    }
+
+    fn choose(&self, candidates: &Candidates<'_>, key: u64) -> Option<usize> {
+        let plain: SmallVec<[&Upstream; 16]> =
+            candidates.iter().map(|upstream| &***upstream).collect();
+        match plain.len() {
+            0 => None,
+            // Also for a single one: round robin keeps its accounts by it.
+            _ => Some(self.strategy.pick(&plain, key)),
+        }
+    }
+
+    /// Tells why there was no candidate: busy if any is only busy, for it may be
+    /// free in a moment; down if any is left at all.
+    fn why_none(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Pick {
+        let mut shortest: Option<Duration> = None;
+        let mut off = false;
+        for upstream in self.left(model, tried) {
+            let health = &upstream.health;
+            if health.state(now) == State::Off {
+                off = true;
+            } else if health.available(now) {
+                return Pick::Busy;
+            } else {
+                let wait = health.wait(now);
+                shortest = Some(shortest.map_or(wait, |least| least.min(wait)));
+            }
+        }
+        match shortest {
+            Some(wait) => Pick::Down(wait),
+            None if off => Pick::Down(Duration::ZERO),
+            None => Pick::Exhausted,
+        }
+    }
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Group")
+            .field("name", &self.name)
+            .field("upstreams", &self.upstreams)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(yaml: &str) -> config::Group {
+        serde_yaml::from_str(yaml).unwrap()
+    }
+
+    fn build(yaml: &str, disabled: &[&str], previous: &[Arc<Group>]) -> Arc<Group> {
+        let disabled = disabled.iter().map(|name| (*name).to_owned()).collect();
+        let previous = Previous::new(previous);
+        Group::build("gpus", &config(yaml), &Secrets::new(), &disabled, &previous).unwrap()
+    }
+
+    const THREE: &str = "
+      upstreams:
+        - { name: a, url: 'http://10.0.0.1', concurrent: 1 }
+        - { name: b, url: 'http://10.0.0.2', concurrent: 1, models: ['qwen*'] }
+        - { name: c, url: 'http://10.0.0.3', concurrent: 1 }";
+
+    fn three() -> Arc<Group> {
+        build(THREE, &[], &[])
+    }
+
+    fn chosen(pick: Pick) -> Slot {
+        match pick {
+            Pick::Chosen(slot) => slot,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn name(slot: &Slot) -> &str {
+        &slot.upstream().name
+    }
+
+    #[test]
+    fn each_pick_is_another_until_all_are_busy() {
+        let (group, now) = (three(), Instant::now());
+        let slots: Vec<_> = (0..3)
+            .map(|_| chosen(group.pick("qwen", &[], 0, now)))
+            .collect();
+        let names: Vec<_> = slots.iter().map(name).collect();
+        assert_eq!(names, ["a", "b", "c"]);
+        assert!(matches!(group.pick("qwen", &[], 0, now), Pick::Busy));
+        assert!(group.pick_any("qwen", &[], now).is_none());
+        drop(slots);
+        chosen(group.pick("qwen", &[], 0, now));
+    }
+
+    #[test]
+    fn what_was_tried_is_not_picked_again() {
+        let (group, now) = (three(), Instant::now());
+        let mut tried = Vec::new();
+        for _ in 0..3 {
+            let slot = chosen(group.pick("qwen", &tried, 0, now));
+            tried.push(Arc::clone(slot.upstream()));
+        }
+        assert!(matches!(
+            group.pick("qwen", &tried, 0, now),
+            Pick::Exhausted
+        ));
+        assert!(group.pick_any("qwen", &tried, now).is_none());
+    }
+
+    #[test]
+    fn only_what_serves_the_model_is_picked() {
+        let (group, now) = (three(), Instant::now());
+        for _ in 0..6 {
+            assert_ne!(name(&chosen(group.pick("llama", &[], 0, now))), "b");
+        }
+        let tried = [
+            Arc::clone(&group.upstreams[0]),
+            Arc::clone(&group.upstreams[2]),
+        ];
+        assert!(matches!(
+            group.pick("llama", &tried, 0, now),
+            Pick::Exhausted
+        ));
+    }
+
+    #[test]
+    fn what_is_down_costs_no_try_and_the_wait_is_told() {
+        let (group, now) = (three(), Instant::now());
+        group.upstreams[0].health.not_sent(now);
+        for _ in 0..6 {
+            assert_ne!(name(&chosen(group.pick("qwen", &[], 0, now))), "a");
+        }
+        group.upstreams[1]
+            .health
+            .cool(Some(Duration::from_secs(60)), now);
+        group.upstreams[2]
+            .health
+            .cool(Some(Duration::from_secs(90)), now);
+        let Pick::Down(wait) = group.pick("qwen", &[], 0, now) else {
+            panic!("nobody is ready");
+        };
+        assert!(wait > Duration::from_millis(700) && wait < Duration::from_millis(1300));
+    }
+
+    #[test]
+    fn the_last_resort_is_who_should_be_ready_first() {
+        let (group, now) = (three(), Instant::now());
+        for (upstream, secs) in group.upstreams.iter().zip([90, 30, 60]) {
+            upstream.health.cool(Some(Duration::from_secs(secs)), now);
+        }
+        let slot = group.pick_any("qwen", &[], now).unwrap();
+        assert_eq!(name(&slot), "b");
+        assert_eq!(name(&group.pick_any("qwen", &[], now).unwrap()), "c");
+    }
+
+    #[test]
+    fn busy_counts_before_down_for_it_ends_sooner() {
+        let (group, now) = (three(), Instant::now());
+        group.upstreams[0].health.not_sent(now);
+        let _b = group.upstreams[1].try_acquire().unwrap();
+        let tried = [Arc::clone(&group.upstreams[2])];
+        assert!(matches!(group.pick("qwen", &tried, 0, now), Pick::Busy));
+    }
+
+    #[test]
+    fn what_is_off_is_not_even_a_last_resort() {
+        let group = build(THREE, &["a", "b", "c"], &[]);
+        let now = Instant::now();
+        assert!(matches!(group.pick("qwen", &[], 0, now), Pick::Down(_)));
+        assert!(group.pick_any("qwen", &[], now).is_none());
+    }
+
+    #[test]
+    fn a_half_open_upstream_gets_one_request_and_the_others_the_rest() {
+        let group = build(
+            "{ upstreams: [ { name: a, url: 'http://10.0.0.1' }, { name: b, url: 'http://10.0.0.2' } ] }",
+            &[],
+            &[],
+        );
+        let start = Instant::now();
+        group.upstreams[0].health.not_sent(start);
+        let now = start + Duration::from_secs(2);
+        let slots: Vec<_> = (0..6)
+            .map(|_| chosen(group.pick("m", &[], 0, now)))
+            .collect();
+        let tries = slots.iter().filter(|slot| name(slot) == "a").count();
+        assert_eq!(tries, 1);
+    }
+
+    #[test]
+    fn an_unchanged_group_is_the_very_same() {
+        let old = [three()];
+        assert!(Arc::ptr_eq(&build(THREE, &[], &old), &old[0]));
+    }
+
+    #[test]
+    fn a_changed_group_keeps_the_upstreams_that_did_not_change() {
+        let old = [three()];
+        let changed = THREE.replace("10.0.0.3", "10.0.0.4");
+        let new = build(&changed, &[], &old);
+        assert!(Arc::ptr_eq(&new.upstreams[0], &old[0].upstreams[0]));
+        assert!(!Arc::ptr_eq(&new.upstreams[2], &old[0].upstreams[2]));
+    }
+
+    #[test]
+    fn an_upstream_keeps_its_counters_in_another_group() {
+        let old = [three()];
+        let _slot = old[0].upstreams[0].try_acquire().unwrap();
+        let disabled = HashSet::new();
+        let one = config("{ upstreams: [ { name: a, url: 'http://10.0.0.1', concurrent: 1 } ] }");
+        let new = Group::build(
+            "other",
+            &one,
+            &Secrets::new(),
+            &disabled,
+            &Previous::new(&old),
+        );
+        assert_eq!(new.unwrap().upstreams[0].in_flight(), 1);
+    }
+
+    #[test]
+    fn every_mistake_is_told_with_its_path() {
+        let wrong = config(
+            "{ strategy: best, upstreams: [ { name: a, url: 'http://10.0.0.1' }, { name: b, url: nowhere } ] }",
+        );
+        let errors = Group::build(
+            "gpus",
+            &wrong,
+            &Secrets::new(),
+            &HashSet::new(),
+            &Previous::default(),
+        )
+        .unwrap_err();
+        let paths: Vec<_> = errors.iter().map(|error| error.path.as_str()).collect();
+        assert_eq!(
+            paths,
+            ["groups.gpus.upstreams[1].url", "groups.gpus.strategy"]
+        );
+        assert!(errors[1].problem.contains("least_connections"));
+    }
+}

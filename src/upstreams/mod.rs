@@ -1,0 +1,29 @@
+//! The model servers: where they are, how they are, and which one is next.
+//!
+//! Start at [`group`]: a [`Group`] holds [`Upstream`]s and picks one. Nothing
+//! here sends a request: the exchange does, and reports to
+//! [`Upstream::health`] what it saw.
+//!
+//! - [`url`]: a base URL, taken apart
+//! - [`tls`]: the authorities to trust
+//! - [`upstream`]: one upstream: headers, peer, slots
+//! - [`resolve`]: its name's addresses, kept fresh in the background
+//! - [`health`]: whether it may be used now
+//! - [`strategies`]: how one of several is chosen; the one list
+//! - [`group`]: upstreams that can stand in for each other
+
+pub mod group;
+pub mod health;
+pub mod resolve;
+pub mod strategies;
+pub mod tls;
+pub mod upstream;
+pub mod url;
+
+pub use group::{BuildError, Group, Pick, Previous};
+pub use health::{Health, State};
+pub use resolve::{Addresses, Unresolved};
+pub use strategies::{STRATEGIES, Strategy};
+pub use tls::connector_options;
+pub use upstream::{Refusal, Secrets, Slot, Upstream};
+pub use url::BaseUrl;

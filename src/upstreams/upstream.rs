@@ -1,0 +1,714 @@
+//! One upstream, ready to be used: its configuration with everything resolved,
+//! and its counters.
+//!
+//! Start at [`build`], which takes over what survives a reload, and at
+//! [`Upstream::try_admit`], which every request goes through.
+//!
+//! **Invariant:** its identity is its name, not its address: two upstreams on
+//! one host and port never share a connection, and neither do one upstream's
+//! old and new TLS settings ([`HttpPeer::group_key`] differs; Pingora's own
+//! reuse hash knows nothing of the authorities).
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{
+            AtomicI64, AtomicU32, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
+    time::{Duration, Instant},
+};
+
+use http::{HeaderName, HeaderValue};
+use pingora::{
+    protocols::{TcpKeepalive, l4::socket::SocketAddr as PeerAddr},
+    upstreams::peer::{ALPN, HttpPeer, HttpUpstreamRequestPolicy},
+};
+use tokio::sync::{Notify, futures::Notified};
+
+use super::{
+    health::{Health, Leave},
+    resolve::{Addresses, Unresolved},
+    tls::Authorities,
+    url::BaseUrl,
+};
+use crate::{
+    config::{self, ResolvedTimeouts, Secret, SecretRef},
+    context::Pattern,
+};
+
+/// The values of the secrets that the configuration names.
+pub type Secrets = HashMap<SecretRef, Secret>;
+
+/// One model server, or one account of a cloud.
+pub struct Upstream {
+    /// Its identity, unique in the configuration.
+    pub name: Arc<str>,
+    /// What the YAML says of it.
+    pub config: config::Upstream,
+    /// Where it is.
+    pub base: BaseUrl,
+    /// How long each step may take.
+    pub timeouts: ResolvedTimeouts,
+    /// The value of `Host`.
+    pub host: HeaderValue,
+    /// The value of `Authorization`, marked sensitive.
+    pub authorization: Option<HeaderValue>,
+    /// Further request headers; those from secrets are marked sensitive.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// What its host's name resolves to.
+    pub addresses: Arc<Addresses>,
+    /// What the traffic tells of it.
+    pub health: Arc<Health>,
+    /// What smooth weighted turns owe it. Belongs to
+    /// [`strategies`](super::strategies); nobody else may touch it. Here and not
+    /// there so that it goes with the upstream when groups change.
+    pub(super) credit: AtomicI64,
+    models: Vec<Pattern>,
+    authorities: Option<Authorities>,
+    load: Arc<Load>,
+    /// Everything of a peer but its address.
+    peer: HttpPeer,
+}
+
+/// What is under way at one server, whatever the configuration says of it.
+#[derive(Debug, Default)]
+struct Load {
+    in_flight: AtomicU32,
+    freed: Notify,
+}
+
+/// A request's place at an upstream; given back when dropped.
+#[derive(Debug)]
+pub struct Slot {
+    upstream: Arc<Upstream>,
+    probe: Option<u64>,
+}
+
+/// Why an upstream does not take a request now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It works on as many requests as it may (`concurrent`).
+    Busy,
+    /// It is down, cooling, off, or being tried by another request.
+    Unavailable,
+}
+
+/// What makes an upstream's configuration useless.
+#[derive(Debug, thiserror::Error)]
+#[error("{key}: {problem}")]
+pub struct UpstreamError {
+    /// The key in the upstream's block, such as `url` or `headers.x-team`.
+    pub key: String,
+    /// What is wrong and what was expected; never holds a secret.
+    pub problem: String,
+}
+
+impl UpstreamError {
+    fn new(key: impl Into<String>, problem: impl fmt::Display) -> Self {
+        Self {
+            key: key.into(),
+            problem: problem.to_string(),
+        }
+    }
+}
+
+/// Builds an upstream, or returns `previous` itself when nothing about it
+/// changed: not its configuration, nor a secret, nor the file of authorities.
+///
+/// When something did, what describes the *server* is taken over as far as it
+/// is the same server: the requests under way and the addresses with the host
+/// and port; health too, unless the URL, the credential or TLS changed, which
+/// may have been the cure.
+///
+/// `off` is for an `optional` upstream whose secret is not set: it is built
+/// without its secrets, and never available.
+///
+/// # Errors
+/// All that is wrong with it.
+pub fn build(
+    config: &config::Upstream,
+    secrets: &Secrets,
+    off: bool,
+    previous: Option<&Arc<Upstream>>,
+) -> Result<Arc<Upstream>, Vec<UpstreamError>> {
+    let mut errors = Vec::new();
+    let base = keep(&mut errors, base_url(config));
+    let headers = keep(&mut errors, headers(config, secrets, off));
+    let authorization = keep(&mut errors, authorization(config, secrets, off));
+    let authorities = keep(&mut errors, authorities(config));
+    let (Some((base, host)), Some(headers), Some(authorization), Some(authorities)) =
+        (base, headers, authorization, authorities)
+    else {
+        return Err(errors);
+    };
+
+    if let Some(old) = previous
+        && old.config == *config
+        && old.authorization == authorization
+        && old.headers == headers
+        && old.authorities == authorities
+        && old.health.is_off() == off
+    {
+        return Ok(Arc::clone(old));
+    }
+
+    let same_server = |old: &&Arc<Upstream>| {
+        old.config.name == config.name && (&old.base.host, old.base.port) == (&base.host, base.port)
+    };
+    let previous = previous.filter(same_server);
+    let same_tls = |old: &Upstream| {
+        old.base.scheme == base.scheme
+            && old.config.tls == config.tls
+            && old.authorities == authorities
+    };
+    let same_health = |old: &&Arc<Upstream>| {
+        old.base == base
+            && old.authorization == authorization
+            && old.headers == headers
+            && old.health.is_off() == off
+            && same_tls(old)
+    };
+    let now = Instant::now();
+    let health = match previous.filter(same_health) {
+        Some(old) => Arc::clone(&old.health),
+        None if off => Arc::new(Health::off(now)),
+        None => Arc::new(Health::new(now)),
+    };
+    let group_key = previous
+        .filter(|old| same_tls(old))
+        .map_or_else(next_group_key, |old| old.peer.group_key);
+    let timeouts = config.resolved_timeouts();
+    if base.is_tls() && !config.tls.verify {
+        log::warn!(
+            "upstream's certificate is not checked: name={}",
+            config.name
+        );
+    }
+    Ok(Arc::new(Upstream {
+        name: config.name.as_str().into(),
+        peer: template(config, &base, timeouts, authorities.as_ref(), group_key),
+        timeouts,
+        host,
+        authorization,
+        headers,
+        addresses: previous.map_or_else(
+            || Arc::new(Addresses::new(&base)),
+            |old| Arc::clone(&old.addresses),
+        ),
+        health,
+        credit: AtomicI64::new(0),
+        models: config
+            .models
+            .iter()
+            .map(|text| Pattern::new(text.as_str()))
+            .collect(),
+        authorities,
+        load: previous.map_or_else(Arc::default, |old| Arc::clone(&old.load)),
+        config: config.clone(),
+        base,
+    }))
+}
+
+impl Upstream {
+    /// Returns how many requests are under way.
+    pub fn in_flight(&self) -> u32 {
+        self.load.in_flight.load(Relaxed)
+    }
+
+    /// Returns its share of the traffic; at least 1.
+    pub fn weight(&self) -> u32 {
+        self.config.weight.max(1)
+    }
+
+    /// Returns whether it would take one more request.
+    pub fn has_free_slot(&self) -> bool {
+        self.config
+            .concurrent
+            .is_none_or(|most| self.in_flight() < most)
+    }
+
+    /// Returns whether it serves a model, by the name it is sent with.
+    pub fn serves(&self, model: &str) -> bool {
+        self.models.is_empty() || self.models.iter().any(|pattern| pattern.matches(model))
+    }
+
+    /// Returns the patterns of what it serves; empty means any.
+    pub fn models(&self) -> &[Pattern] {
+        &self.models
+    }
+
+    /// Takes a slot whatever its health is; `None` at `concurrent`. For the
+    /// last resort; everything else goes through [`Self::try_admit`].
+    pub fn try_acquire(self: &Arc<Self>) -> Option<Slot> {
+        let most = self.config.concurrent.unwrap_or(u32::MAX);
+        self.load
+            .in_flight
+            .fetch_update(SeqCst, SeqCst, |now| (now < most).then_some(now + 1))
+            .is_ok()
+            .then(|| Slot {
+                upstream: Arc::clone(self),
+                probe: None,
+            })
+    }
+
+    /// Takes a slot if it is available. On an upstream that was down, the slot
+    /// makes its holder the one request that tries.
+    ///
+    /// # Errors
+    /// Why it takes no request now.
+    pub fn try_admit(self: &Arc<Self>, now: Instant) -> Result<Slot, Refusal> {
+        if !self.health.available(now) {
+            return Err(Refusal::Unavailable);
+        }
+        let mut slot = self.try_acquire().ok_or(Refusal::Busy)?;
+        match self.health.admit(now) {
+            Some(Leave::Free) => {}
+            Some(Leave::Probe(ticket)) => slot.probe = Some(ticket),
+            None => return Err(Refusal::Unavailable),
+        }
+        Ok(slot)
+    }
+
+    /// Waits for a slot to be given back. One waiter is woken for each; one that
+    /// was given back while nobody waited wakes the next at once, so look first
+    /// whether it is still free.
+    pub fn freed(&self) -> Notified<'_> {
+        self.load.freed.notified()
+    }
+
+    /// Returns the peer to connect to, every timeout set; several addresses are
+    /// taken in turn.
+    ///
+    /// `read_timeout` is for each read, and only the net below the exchange's
+    /// own first-token and inter-token deadlines: the longer of the two.
+    ///
+    /// # Errors
+    /// When the host's name has no address: see [`Addresses::resolve_now`].
+    pub fn peer(&self) -> Result<HttpPeer, Unresolved> {
+        let address = self.addresses.next(Instant::now()).ok_or(Unresolved)?;
+        let mut peer = self.peer.clone();
+        peer._address = PeerAddr::Inet(address);
+        Ok(peer)
+    }
+
+    /// Notes that a request could not be sent to a peer. Returns whether the
+    /// upstream has another address to try at once, with a new
+    /// [`Self::peer`]; if not, it is down.
+    pub fn not_sent(&self, peer: &HttpPeer, now: Instant) -> bool {
+        let another = match peer._address {
+            PeerAddr::Inet(at) => self.addresses.refused(at, now),
+            PeerAddr::Unix(_) => false,
+        };
+        if !another {
+            self.health.not_sent(now);
+        }
+        another
+    }
+}
+
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream")
+            .field("name", &self.name)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Slot {
+    /// Returns the upstream it is a place at.
+    pub fn upstream(&self) -> &Arc<Upstream> {
+        &self.upstream
+    }
+
+    /// Returns whether its holder tries an upstream that was down.
+    pub fn is_probe(&self) -> bool {
+        self.probe.is_some()
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.upstream.load.in_flight.fetch_sub(1, SeqCst);
+        if let Some(ticket) = self.probe {
+            self.upstream.health.end_probe(ticket);
+        }
+        self.upstream.load.freed.notify_one();
+    }
+}
+
+/// Moves what went wrong to the others and returns what went well.
+fn keep<T>(errors: &mut Vec<UpstreamError>, result: Result<T, UpstreamError>) -> Option<T> {
+    result.map_err(|error| errors.push(error)).ok()
+}
+
+fn base_url(config: &config::Upstream) -> Result<(BaseUrl, HeaderValue), UpstreamError> {
+    let base: BaseUrl = config
+        .url
+        .parse()
+        .map_err(|why| UpstreamError::new("url", why))?;
+    let host =
+        HeaderValue::try_from(base.authority()).map_err(|why| UpstreamError::new("url", why))?;
+    Ok((base, host))
+}
+
+fn authorization(
+    config: &config::Upstream,
+    secrets: &Secrets,
+    off: bool,
+) -> Result<Option<HeaderValue>, UpstreamError> {
+    let Some(key) = config.key.as_ref().filter(|_| !off) else {
+        return Ok(None);
+    };
+    let secret = look_up(secrets, key, "key")?;
+    sensitive(&format!("Bearer {}", secret.expose()), "key").map(Some)
+}
+
+fn headers(
+    config: &config::Upstream,
+    secrets: &Secrets,
+    off: bool,
+) -> Result<Vec<(HeaderName, HeaderValue)>, UpstreamError> {
+    let mut headers = Vec::with_capacity(config.headers.len());
+    for (name, text) in &config.headers {
+        let key = format!("headers.{name}");
+        let header: HeaderName = name
+            .parse()
+            .map_err(|why| UpstreamError::new(key.as_str(), why))?;
+        let value = match text.parse::<SecretRef>() {
+            Ok(_) if off => continue,
+            Ok(reference) => sensitive(look_up(secrets, &reference, &key)?.expose(), &key)?,
+            Err(_) => {
+                HeaderValue::from_str(text).map_err(|why| UpstreamError::new(key.as_str(), why))?
+            }
+        };
+        headers.push((header, value));
+    }
+    Ok(headers)
+}
+
+fn look_up<'a>(
+    secrets: &'a Secrets,
+    reference: &SecretRef,
+    key: &str,
+) -> Result<&'a Secret, UpstreamError> {
+    secrets
+        .get(reference)
+        .ok_or_else(|| UpstreamError::new(key, format!("{reference} was not read")))
+}
+
+fn sensitive(text: &str, key: &str) -> Result<HeaderValue, UpstreamError> {
+    let mut value = HeaderValue::from_str(text).map_err(|why| UpstreamError::new(key, why))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+fn authorities(config: &config::Upstream) -> Result<Option<Authorities>, UpstreamError> {
+    let Some(path) = &config.tls.ca else {
+        return Ok(None);
+    };
+    Authorities::read(path)
+        .map(Some)
+        .map_err(|why| UpstreamError::new("tls.ca", why))
+}
+
+/// Returns a key that no upstream of this process had before.
+fn next_group_key() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    LAST.fetch_add(1, Relaxed) + 1
+}
+
+fn template(
+    config: &config::Upstream,
+    base: &BaseUrl,
+    timeouts: ResolvedTimeouts,
+    authorities: Option<&Authorities>,
+    group_key: u64,
+) -> HttpPeer {
+    // Port 0 of nowhere: replaced in every copy. A name here would be looked up
+    // on the spot, and would panic if it has no address.
+    let nowhere = (std::net::Ipv4Addr::UNSPECIFIED, 0);
+    let mut peer = HttpPeer::new(nowhere, base.is_tls(), base.tls_name().to_owned());
+    peer.group_key = group_key;
+    let options = &mut peer.options;
+    options.connection_timeout = Some(timeouts.connect);
+    options.total_connection_timeout = Some(timeouts.connect);
+    options.read_timeout = Some(timeouts.first_token.max(timeouts.inter_token));
+    options.write_timeout = Some(timeouts.write);
+    options.idle_timeout = Some(timeouts.idle);
+    // HTTP/1.1 for all: one stream a connection has no head-of-line blocking,
+    // and an abort is a close that every server notices.
+    options.alpn = ALPN::H1;
+    options.verify_cert = config.tls.verify;
+    options.verify_hostname = config.tls.verify;
+    options.ca = if config.tls.verify {
+        authorities.map(|authorities| Arc::clone(&authorities.list))
+    } else {
+        base.is_tls().then(|| Authorities::unchecked().list)
+    };
+    // A server that vanished while it thinks is noticed after a minute, long
+    // before its first-token deadline.
+    options.tcp_keepalive = Some(TcpKeepalive {
+        idle: Duration::from_secs(30),
+        interval: Duration::from_secs(10),
+        count: 3,
+        #[cfg(target_os = "linux")]
+        user_timeout: Duration::ZERO,
+    });
+    options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades();
+    peer
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use pingora::{connectors::TransportConnector, upstreams::peer::Peer};
+    use tokio::{net::TcpListener, time::timeout};
+
+    use super::*;
+    use crate::upstreams::{connector_options, health::State};
+
+    fn config(yaml: &str) -> config::Upstream {
+        serde_yaml::from_str(yaml).unwrap()
+    }
+
+    /// Builds an upstream without secrets.
+    pub(crate) fn built(yaml: &str) -> Arc<Upstream> {
+        build(&config(yaml), &Secrets::new(), false, None).unwrap()
+    }
+
+    /// Builds the next configuration's upstream.
+    fn rebuilt(yaml: &str, old: &Arc<Upstream>) -> Arc<Upstream> {
+        build(&config(yaml), &Secrets::new(), false, Some(old)).unwrap()
+    }
+
+    fn secrets(pairs: &[(&str, &str)]) -> Secrets {
+        pairs
+            .iter()
+            .map(|(reference, value)| (reference.parse().unwrap(), Secret::new(*value)))
+            .collect()
+    }
+
+    #[test]
+    fn every_timeout_of_a_peer_is_set() {
+        for kind in ["vllm", "llamacpp", "ollama", "openai", "generic"] {
+            let upstream = built(&format!(
+                "{{ name: a, kind: {kind}, url: 'http://10.0.0.1' }}"
+            ));
+            let options = upstream.peer().unwrap().options;
+            for timeout in [
+                options.connection_timeout,
+                options.total_connection_timeout,
+                options.read_timeout,
+                options.write_timeout,
+                options.idle_timeout,
+            ] {
+                assert!(timeout.is_some_and(|timeout| !timeout.is_zero()), "{kind}");
+            }
+            assert!(options.tcp_keepalive.is_some());
+        }
+    }
+
+    #[test]
+    fn timeouts_of_the_yaml_reach_the_peer() {
+        let upstream = built(
+            "{ name: a, url: 'http://10.0.0.1', timeouts: { connect: 1s, first_token: 2s, inter_token: 3s, write: 4s, idle: 5s } }",
+        );
+        let options = upstream.peer().unwrap().options;
+        let secs = |secs| Some(Duration::from_secs(secs));
+        assert_eq!(options.connection_timeout, secs(1));
+        assert_eq!(options.total_connection_timeout, secs(1));
+        assert_eq!(options.read_timeout, secs(3));
+        assert_eq!(options.write_timeout, secs(4));
+        assert_eq!(options.idle_timeout, secs(5));
+    }
+
+    #[test]
+    fn host_and_sni_are_right_for_names_and_addresses() {
+        for (url, host, sni) in [
+            (
+                "https://api.example:8443/v1",
+                "api.example:8443",
+                "api.example",
+            ),
+            ("https://api.example/v1", "api.example", "api.example"),
+            ("https://10.0.0.1/v1", "10.0.0.1", "10.0.0.1"),
+            ("https://[::1]:8443/v1", "[::1]:8443", "::1"),
+        ] {
+            let upstream = built(&format!("{{ name: a, url: '{url}' }}"));
+            assert_eq!(upstream.host, host);
+            assert_eq!(upstream.peer.sni, sni);
+            assert!(upstream.peer.is_tls());
+            assert!(upstream.peer.options.verify_cert && upstream.peer.options.verify_hostname);
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_not_resolved_has_no_peer() {
+        let upstream = built("{ name: a, url: 'http://gpu-1:8000' }");
+        assert_eq!(upstream.peer().unwrap_err(), Unresolved);
+    }
+
+    #[tokio::test]
+    async fn two_upstreams_on_one_port_never_share_a_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let (a, b) = (
+            built(&format!("{{ name: a, url: 'http://{at}/accounts/1' }}")),
+            built(&format!("{{ name: b, url: 'http://{at}/accounts/2' }}")),
+        );
+        let connector = TransportConnector::new(Some(connector_options(8)));
+        let peer = a.peer().unwrap();
+        let (stream, _) = connector.get_stream(&peer).await.unwrap();
+        connector.release_stream(stream, peer.reuse_hash(), peer.idle_timeout());
+        let (_stream, reused) = connector.get_stream(&b.peer().unwrap()).await.unwrap();
+        assert!(!reused);
+        let (_stream, reused) = connector.get_stream(&a.peer().unwrap()).await.unwrap();
+        assert!(reused);
+    }
+
+    #[test]
+    fn other_tls_settings_mean_other_connections_and_other_weights_do_not() {
+        let old = built("{ name: a, url: 'https://10.0.0.1' }");
+        let hash = |upstream: &Upstream| upstream.peer().unwrap().reuse_hash();
+        let heavier = rebuilt("{ name: a, url: 'https://10.0.0.1', weight: 2 }", &old);
+        assert_eq!(hash(&old), hash(&heavier));
+        let unchecked = rebuilt(
+            "{ name: a, url: 'https://10.0.0.1', tls: { verify: false } }",
+            &old,
+        );
+        assert_ne!(hash(&old), hash(&unchecked));
+        let checked = rebuilt("{ name: a, url: 'https://10.0.0.1' }", &unchecked);
+        assert_ne!(hash(&unchecked), hash(&checked));
+    }
+
+    #[test]
+    fn secrets_are_resolved_and_never_printed() {
+        let config = config(
+            "{ name: a, url: 'http://10.0.0.1', key: 'env:KEY', headers: { x-team: 'file:team', x-plain: blue } }",
+        );
+        let secrets = secrets(&[("env:KEY", "sk-1"), ("file:team", "red")]);
+        let upstream = build(&config, &secrets, false, None).unwrap();
+        let key = upstream.authorization.as_ref().unwrap();
+        assert_eq!(key, "Bearer sk-1");
+        assert_eq!(upstream.headers[0].1, "red");
+        assert_eq!(upstream.headers[1].1, "blue");
+        let printed = format!("{:?} {key:?} {:?}", upstream, upstream.headers);
+        assert!(
+            !printed.contains("sk-1") && !printed.contains("red"),
+            "{printed}"
+        );
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_told_at_once() {
+        let config = config(
+            "{ name: a, url: 'ftp://host', key: 'env:KEY', headers: { 'x y': z }, tls: { ca: /nowhere/ca.pem } }",
+        );
+        let errors = build(&config, &Secrets::new(), false, None).unwrap_err();
+        let keys: Vec<_> = errors.iter().map(|error| error.key.as_str()).collect();
+        assert_eq!(keys, ["url", "headers.x y", "key", "tls.ca"]);
+    }
+
+    #[test]
+    fn one_that_is_off_needs_no_secrets_and_takes_nothing() {
+        let config = config(
+            "{ name: a, url: 'http://10.0.0.1', key: 'env:KEY', optional: true, headers: { x-team: 'env:T' } }",
+        );
+        let upstream = build(&config, &Secrets::new(), true, None).unwrap();
+        let now = Instant::now();
+        assert_eq!(upstream.health.state(now), State::Off);
+        assert_eq!(upstream.try_admit(now).unwrap_err(), Refusal::Unavailable);
+        // The key appears: the next configuration switches it on.
+        let secrets = secrets(&[("env:KEY", "sk-1"), ("env:T", "red")]);
+        let on = build(&config, &secrets, false, Some(&upstream)).unwrap();
+        assert!(on.try_admit(now).is_ok());
+    }
+
+    #[test]
+    fn an_unchanged_upstream_is_the_very_same_and_a_changed_secret_is_a_change() {
+        let config = config("{ name: a, url: 'http://10.0.0.1', key: 'env:KEY' }");
+        let first = secrets(&[("env:KEY", "sk-1")]);
+        let old = build(&config, &first, false, None).unwrap();
+        let same = build(&config, &first, false, Some(&old)).unwrap();
+        assert!(Arc::ptr_eq(&old, &same));
+        let rotated = secrets(&[("env:KEY", "sk-2")]);
+        let new = build(&config, &rotated, false, Some(&old)).unwrap();
+        assert_eq!(new.authorization.as_ref().unwrap(), "Bearer sk-2");
+    }
+
+    #[test]
+    fn a_changed_weight_keeps_what_is_under_way_and_a_changed_host_does_not() {
+        let old = built("{ name: a, url: 'http://10.0.0.1', concurrent: 1 }");
+        let slot = old.try_acquire().unwrap();
+        old.health.not_sent(Instant::now());
+        let heavier = rebuilt(
+            "{ name: a, url: 'http://10.0.0.1', concurrent: 1, weight: 9 }",
+            &old,
+        );
+        assert_eq!(heavier.in_flight(), 1);
+        assert!(heavier.try_acquire().is_none());
+        assert_eq!(heavier.health.state(Instant::now()), State::Down);
+        drop(slot);
+        assert!(heavier.try_acquire().is_some());
+        let moved = rebuilt("{ name: a, url: 'http://10.0.0.2', concurrent: 1 }", &old);
+        assert_eq!(moved.health.state(Instant::now()), State::Ready);
+        assert_eq!(moved.addresses.all(), ["10.0.0.2:80".parse().unwrap()]);
+    }
+
+    #[tokio::test]
+    async fn a_slot_that_is_given_back_wakes_who_waits() {
+        let upstream = built("{ name: a, url: 'http://10.0.0.1', concurrent: 1 }");
+        let slot = upstream.try_acquire().unwrap();
+        assert_eq!(
+            upstream.try_admit(Instant::now()).unwrap_err(),
+            Refusal::Busy
+        );
+        let waiting = upstream.freed();
+        drop(slot);
+        timeout(Duration::from_secs(5), waiting).await.unwrap();
+        assert_eq!(upstream.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_probe_that_ends_without_a_word_lets_the_next_one_try() {
+        let upstream = built("{ name: a, url: 'http://10.0.0.1' }");
+        let start = Instant::now();
+        upstream.health.not_sent(start);
+        let now = start + Duration::from_secs(2);
+        let slot = upstream.try_admit(now).unwrap();
+        assert!(slot.is_probe());
+        assert_eq!(upstream.try_admit(now).unwrap_err(), Refusal::Unavailable);
+        assert_eq!(upstream.in_flight(), 1);
+        drop(slot);
+        assert!(upstream.try_admit(now).is_ok());
+    }
+
+    #[test]
+    fn a_refused_connection_takes_a_single_address_down() {
+        let upstream = built("{ name: a, url: 'http://10.0.0.1' }");
+        let now = Instant::now();
+        assert!(!upstream.not_sent(&upstream.peer().unwrap(), now));
+        assert_eq!(upstream.health.state(now), State::Down);
+    }
+
+    #[test]
+    fn every_slot_of_many_threads_is_counted_and_given_back() {
+        let upstream = built("{ name: a, url: 'http://10.0.0.1', concurrent: 3 }");
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..1000 {
+                        let slot = upstream.try_acquire();
+                        assert!(upstream.in_flight() <= 3);
+                        drop(slot);
+                    }
+                });
+            }
+        });
+        assert_eq!(upstream.in_flight(), 0);
+    }
+}
