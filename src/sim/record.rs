@@ -1,6 +1,6 @@
 //! What the simulator received: the witness of every test.
 //!
-//! [`Log`] keeps the last requests, each as a [`Record`] that is there as soon
+//! `Log` keeps the last requests, each as a [`Record`] that is there as soon
 //! as the request was read and is brought up to date when its answer ends.
 //!
 //! **Invariant:** memory is bounded: the last 10,000 requests, of whose bodies

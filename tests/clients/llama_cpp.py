@@ -32,6 +32,8 @@ def main():
     params.api_keys = [given.api_key] if given.api_key else []
     params.endpoint_slots = True
     params.embedding = given.embeddings
+    if given.embeddings:
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     params.verbosity = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     # An idle keep-alive connection holds one of these threads for 5 s; the default is a few.

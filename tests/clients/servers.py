@@ -146,6 +146,10 @@ class Gateway(Process):
         command = [binary(), "run", "-c", file]
         super().__init__("gateway", command, f"{self.url}/readyz", log_dir, env)
 
+    def stop(self):
+        super().stop()
+        assert self.child.returncode == 0, f"gateway ended with {self.child.returncode}"
+
 
 def upstream(name, server, kind="llamacpp", **more):
     """Returns the configuration of an upstream that is `server`."""

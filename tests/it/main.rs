@@ -1,0 +1,17 @@
+//! The integration tests: the real binary, real sockets, simulated upstreams.
+//!
+//! One module per behaviour. Start at [`support`]: [`support::Gateway`] runs the
+//! binary, `forebay::sim::Sim` is an upstream that misbehaves on request,
+//! [`support::http`] is a client that can send what no library would.
+
+#![expect(
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test that panics is a test that fails, and says so"
+)]
+
+mod support;
+
+mod smoke;
