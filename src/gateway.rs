@@ -103,14 +103,19 @@ impl Snapshot {
         let routes = build_all(config, &loaded.secrets, &loaded.disabled, &before)
             .and_then(|groups| Routes::build(config, groups));
         match (chain, routes) {
-            (Some(chain), Ok(routes)) if problems.is_empty() => Ok(Self {
-                version: previous.map_or(1, |old| old.version + 1),
-                routes,
-                built_at: SystemTime::now(),
-                chain,
-                route_chains,
-                loaded,
-            }),
+            (Some(chain), Ok(routes)) if problems.is_empty() => {
+                let mut snapshot = Self {
+                    version: previous.map_or(1, |old| old.version + 1),
+                    routes,
+                    built_at: SystemTime::now(),
+                    chain,
+                    route_chains,
+                    loaded,
+                };
+                let warnings = snapshot.warnings();
+                snapshot.loaded.warnings.extend(warnings);
+                Ok(snapshot)
+            }
             (_, routes) => {
                 for error in routes.err().into_iter().flatten() {
                     problems.push(loaded.problem(&error.path, error.problem));
@@ -165,10 +170,24 @@ impl Snapshot {
     }
 
     fn watched(&self) -> Vec<PathBuf> {
-        let mut files = self.chain.watched();
-        let own = self.route_chains.iter().flatten();
-        files.extend(own.flat_map(|chain| chain.watched()));
-        files
+        self.chains().flat_map(|chain| chain.watched()).collect()
+    }
+
+    /// Returns the general list of plugins, and those of the routes.
+    fn chains(&self) -> impl Iterator<Item = &Arc<Chain>> {
+        std::iter::once(&self.chain).chain(self.route_chains.iter().flatten())
+    }
+
+    /// Returns what the plugins find questionable, once each.
+    fn warnings(&self) -> Vec<Problem> {
+        let mut warnings: Vec<Problem> = Vec::new();
+        for why in self.chains().flat_map(|chain| chain.warnings(self.config())) {
+            let warning = self.loaded.problem(&why.path, why.message);
+            if !warnings.contains(&warning) {
+                warnings.push(warning);
+            }
+        }
+        warnings
     }
 }
 
@@ -246,6 +265,14 @@ impl Gateway {
         let mut files: Vec<_> = self.file.iter().cloned().collect();
         files.extend(self.snapshot().watched());
         files
+    }
+
+    /// Returns whether the live snapshot was made from what the files say now.
+    /// Blocks on the file system.
+    pub fn is_current(&self) -> bool {
+        let snapshot = self.snapshot();
+        let file = self.file.is_none() || snapshot.loaded.is_current();
+        file && snapshot.chains().all(|chain| chain.is_current())
     }
 
     /// Returns what became of the last reload; `None` before the first.

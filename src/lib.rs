@@ -1,4 +1,70 @@
-//! Forebay: a self-hosted AI inference gateway. This page is the map.
+//! Forebay: a self-hosted AI inference gateway. One binary in front of model
+//! servers; clients speak OpenAI's API to it.
+//!
+//! This page is the map. Read it, then [`plugins`] for the model plugin
+//! (`plugins/auth`), `upstreams/strategies/least_connections.rs` for the model
+//! strategy, and [`proxy`] for the data path.
+//!
+//! # Words
+//! *downstream* the client's side; *upstream* a model server; *group* a named
+//! list of upstreams with a strategy; *route* a model name or pattern → ordered
+//! groups, the last often the *fallback*; *attempt* one try at one upstream;
+//! *exchange* one client request with all its attempts and its answer; *plugin*
+//! a request filter; *snapshot* one configuration, fully built; *principal* who
+//! is calling.
+//!
+//! # Floors
+//! Imports go down only (`tests/it/floors.rs` checks it):
+//!
+//! | floor | modules | what they are |
+//! |---|---|---|
+//! | 5 | `main`, [`cli`], `demo`, [`server`] | assemble the process |
+//! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
+//! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
+//! | 2 | [`plugins`], [`upstreams`] | the extension points; siblings do not import each other |
+//! | 1 | [`context`], [`resources`] | one request; what outlives a snapshot |
+//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`logging`] | plain data and pure functions |
+//!
+//! # Life of a request
+//! 1. `proxy/edge`: the whole header within its deadline, HTTP/1.1 or h2c.
+//! 2. `proxy/head`, `proxy/calls`: sizes, `Host`, the exact allowlist of paths.
+//!    Local answers (`/health`, `/v1/models`, …) end here.
+//! 3. Plugins' `on_headers`: strangers are turned away before a body is read.
+//! 4. `proxy/body`: size, deadline, `Expect`; [`openai::ApiRequest`] checks it in
+//!    one pass and keeps its bytes. Plugins' `on_request`.
+//! 5. [`routes`] gives the plan: groups in order.
+//! 6. `proxy/exchange` makes the attempts: choose an upstream and a slot,
+//!    connect, send, wait for the header, judge. All of it while the client is
+//!    watched, and kept patient by comments if it streams.
+//! 7. The commit: a whole answer (`proxy/answer`), or the first meaningful event
+//!    of a stream (`proxy/relay`). Before it another upstream may be tried,
+//!    after it never.
+//! 8. `proxy/record`: metrics, the access line, plugins' `on_finish`; once.
+//!
+//! # Life of a configuration
+//! [`reload`] sees other bytes (or SIGHUP, or `POST /reload`) → [`config::load`]
+//! reports every problem with line and path → [`gateway::Snapshot::build`] takes
+//! over what has not changed → one atomic swap. Any failure leaves the live
+//! snapshot in place; requests finish on the one they began with.
+//!
+//! # Extension points
+//! A plugin is a file in `plugins/` and a line in [`plugins::PLUGINS`]; a
+//! strategy is a file in `upstreams/strategies/` and a line in
+//! [`upstreams::STRATEGIES`]. The lists are `const`, so `grep` finds everything
+//! there is.
+//!
+//! # Decisions
+//! - The exchange is ours, inside Pingora's `request_filter`: its stock loop
+//!   cannot replay a body over 64 KiB, write to a client before an upstream
+//!   answers, or fail over by what an answer says. Listeners, HTTP on the
+//!   client's side, TLS, pool and parsing of answers are Pingora's.
+//! - Answers that are not streamed are read whole before the client sees any of
+//!   it: an upstream that dies in the middle costs nothing but time.
+//! - Bodies are checked, never re-serialised: edits are spliced into the bytes
+//!   that came.
+//! - The identity of an upstream is its name: many accounts of one cloud share
+//!   one host.
+//! - `Error` holds what a client is told apart from what the log is told.
 
 pub mod admin;
 pub mod cli;

@@ -7,7 +7,7 @@
 //! nothing.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -35,8 +35,8 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// How often settling is waited for; then the file is read as it is.
 const SETTLE_ROUNDS: usize = 10;
 
-/// The bytes of every watched file, as one digest.
-type Fingerprint = [u8; 32];
+/// The digest of every watched file; `None` for one that cannot be read.
+type Fingerprint = BTreeMap<PathBuf, Option<[u8; 32]>>;
 
 /// The background job that reloads.
 #[derive(Debug)]
@@ -71,19 +71,45 @@ impl Reloader {
         seen
     }
 
-    async fn reload(&self) {
+    /// Returns whether what is live was made from what the files say now.
+    async fn is_current(&self) -> bool {
+        let gateway = Arc::clone(&self.gateway);
+        spawn_blocking(move || gateway.is_current())
+            .await
+            .unwrap_or(true)
+    }
+
+    /// Reloads, unless `POST /reload` was faster.
+    async fn reload(&self, why: Why) {
         let gateway = Arc::clone(&self.gateway);
         let log = Arc::clone(&self.log);
         let reloaded = spawn_blocking(move || {
+            let is_taken = || {
+                let last = gateway.last_reload();
+                last.is_none_or(|last| last.problems.is_empty()) && gateway.is_current()
+            };
+            if why == Why::Changed && is_taken() {
+                log.apply(&gateway.snapshot().config().log);
+                return;
+            }
             // The gateway says in the log what became of it.
             if let Ok(snapshot) = gateway.reload() {
-                log.set_level(snapshot.config().log.level);
+                log.apply(&snapshot.config().log);
             }
         });
         if let Err(why) = reloaded.await {
             log::error!("reload failed: {why}");
         }
     }
+}
+
+/// Why to reload.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// The files hold other bytes.
+    Changed,
+    /// Somebody asked for it, changed or not.
+    Asked,
 }
 
 #[async_trait]
@@ -105,33 +131,44 @@ impl BackgroundService for Reloader {
         let mut hangups = signal(SignalKind::hangup()).ok();
         let mut look = interval(LOOK_EVERY);
         let mut seen = self.fingerprint().await;
+        // What changed since it was read, and before it was first looked at.
+        let mut stale = !self.is_current().await;
         loop {
             watch_folders(watcher.as_mut(), &mut watched, &self.gateway.watched());
             let asked = tokio::select! {
+                biased;
                 _ = shutdown.changed() => return,
-                _ = look.tick() => false,
-                Some(()) = changed.recv() => false,
                 Some(()) = hangup(&mut hangups) => true,
+                () = std::future::ready(()), if stale => false,
+                Some(()) = changed.recv() => false,
+                _ = look.tick() => false,
             };
             let now = self.fingerprint().await;
-            if now != seen {
+            let changed = now != seen;
+            if changed {
                 seen = self.settled(now).await;
-                self.reload().await;
-                // A reload may watch other files than before.
-                seen = if self
-                    .gateway
-                    .last_reload()
-                    .is_some_and(|last| last.problems.is_empty())
-                {
-                    self.fingerprint().await
-                } else {
-                    seen
-                };
-            } else if asked {
-                log::info!("SIGHUP: reloading");
-                self.reload().await;
-                seen = self.fingerprint().await;
             }
+            if asked {
+                log::info!("SIGHUP: reloading");
+                self.reload(Why::Asked).await;
+            } else if changed || stale {
+                self.reload(Why::Changed).await;
+            } else {
+                continue;
+            }
+            // What was seen is from before the files were read: a change that
+            // came in between is found by the next look. For a file that is
+            // new to the list only the snapshot knows what was read.
+            let watched = self.fingerprint().await;
+            let is_new = watched.keys().any(|file| !seen.contains_key(file));
+            seen = watched
+                .into_iter()
+                .map(|(file, now)| {
+                    let before = seen.get(&file).copied();
+                    (file, before.unwrap_or(now))
+                })
+                .collect();
+            stale = is_new && !self.is_current().await;
         }
     }
 }
@@ -167,19 +204,14 @@ fn watch_folders(
 }
 
 fn digest(files: &[PathBuf]) -> Fingerprint {
-    let mut digest = Sha256::new();
-    for file in files {
-        // A file that cannot be read differs from one that is empty.
-        match fs::read(file) {
-            Ok(bytes) => {
-                digest.update([1]);
-                digest.update(bytes.len().to_le_bytes());
-                digest.update(&bytes);
-            }
-            Err(_unreadable) => digest.update([0]),
-        }
-    }
-    digest.finalize().into()
+    files
+        .iter()
+        .map(|file| {
+            let bytes = fs::read(file).ok();
+            let digest = bytes.map(|bytes| Sha256::digest(bytes).into());
+            (file.clone(), digest)
+        })
+        .collect()
 }
 
 #[cfg(test)]

@@ -58,6 +58,11 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// Returns whether the file still holds the same bytes.
+    pub fn is_current(&self) -> bool {
+        text_of(&self.file).is_ok_and(|text| hex(&Sha256::digest(text.as_bytes())) == self.hash)
+    }
+
     /// Makes a problem with what stands at a path of the configuration, for
     /// what only shows when it is built.
     pub fn problem(&self, path: &str, message: impl Into<String>) -> Problem {
@@ -131,7 +136,7 @@ fn typed(
     let checked = check::check(tree, &schema::inner(catalog), report);
     let places = Places::of(&checked.tree);
     let root = checked.tree.mark;
-    let config: Config = match serde_yaml::from_value(checked.tree.into_value()) {
+    let mut config: Config = match serde_yaml::from_value(checked.tree.into_value()) {
         Ok(config) => config,
         Err(why) => {
             // The schema is made from the types, so this is what it cannot say.
@@ -144,6 +149,7 @@ fn typed(
     };
     validate::validate(&config, &places, report);
     let resolved = resolve::resolve(&config, &checked.secrets, &places, base, report);
+    resolve::anchor(&mut config, base);
     Some((config, resolved, places))
 }
 

@@ -102,6 +102,20 @@ fn certificates(config: &Config, places: &Places, base: &Path, report: &mut Repo
     }
 }
 
+/// Makes the paths of certificate files absolute: what is built later knows
+/// nothing of the folder of the configuration.
+pub(super) fn anchor(config: &mut Config, base: &Path) {
+    let groups = config.groups.values_mut();
+    for upstream in groups.flat_map(|group| &mut group.upstreams) {
+        if let Some(ca) = &mut upstream.tls.ca {
+            let file = base.join(&*ca);
+            // Fails only where there is no working directory, and then a path
+            // that starts from it is of no use either way.
+            *ca = std::path::absolute(&file).unwrap_or(file);
+        }
+    }
+}
+
 fn warn_of_empty_groups(
     config: &Config,
     places: &Places,

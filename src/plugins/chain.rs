@@ -5,7 +5,7 @@ use std::{fmt, path::PathBuf, sync::Arc};
 
 use super::{Build, ConfigError, Flow, PLUGINS, Plugin, ResponseHead};
 use crate::{
-    config::PluginEntry,
+    config::{Config, PluginEntry},
     context::{Outcome, RequestContext},
     error::Result,
     openai::Frame,
@@ -117,6 +117,29 @@ impl Chain {
         for link in self.links.iter().rev() {
             link.plugin.on_finish(ctx, outcome).await;
         }
+    }
+
+    /// Returns what the plugins find questionable in a configuration, with the
+    /// path of the entry.
+    pub fn warnings(&self, config: &Config) -> Vec<ConfigError> {
+        let of = |link: &Link| {
+            let path = link.entry.name.clone();
+            link.plugin
+                .warnings(config)
+                .into_iter()
+                .map(move |message| ConfigError {
+                    path: path.clone(),
+                    message,
+                })
+                .collect::<Vec<_>>()
+        };
+        self.links.iter().flat_map(of).collect()
+    }
+
+    /// Returns whether what the plugins were built from, beside the YAML, is
+    /// still the same.
+    pub fn is_current(&self) -> bool {
+        self.links.iter().all(|link| link.plugin.is_current())
     }
 
     /// Returns the files whose change asks for a reload.

@@ -182,8 +182,11 @@ pub struct Entry {
     pub name: &'static str,
     /// Makes the JSON Schema of its settings.
     pub schema: fn() -> Schema,
-    build: fn(Value, &Build<'_>) -> Result<Arc<dyn Plugin>, ConfigError>,
+    build: BuildFn,
 }
+
+/// Builds a plugin from its settings.
+type BuildFn = fn(Value, &Build<'_>) -> Result<Arc<dyn Plugin>, ConfigError>;
 
 impl Entry {
     const fn of<P: Configure>() -> Self {

@@ -21,10 +21,11 @@ use super::{
     verdict::{Failure, Judgement, judge},
 };
 use crate::{
+    config::Kind,
     context::{RequestContext, Verdict},
     error::Error,
     metrics::Metrics,
-    openai::{ApiRequest, UpstreamError, retry_after},
+    openai::{ApiRequest, Edit, UpstreamError, retry_after},
     plugins::Chain,
     routes::Step,
     upstreams::Upstream,
@@ -286,9 +287,22 @@ impl Attempt<'_> {
             .flatten();
         let hide_usage = ask.is_some();
         edits.extend(ask);
+        edits.extend(self.words_of_ollama(request));
         let body = request.edited(&edits);
         let head = self.wire_head(request, body.len());
         (WireRequest { head, body }, hide_usage)
+    }
+
+    /// Ollama reads `max_tokens` only, and would ignore the newer spelling.
+    fn words_of_ollama(&self, request: &ApiRequest) -> Option<Edit<'static>> {
+        let wish = request.max_tokens.as_ref()?;
+        let is_ollama = self.upstream.config.kind == Kind::Ollama;
+        if !is_ollama || wish.key != "max_completion_tokens" {
+            return None;
+        }
+        let most = self.upstream.config.max_tokens.unwrap_or(u64::MAX);
+        let tokens = wish.value.min(most).to_string();
+        Some(Edit::set("max_tokens", tokens.into_bytes()))
     }
 
     /// **Invariant:** nothing of the client's header is copied: not its

@@ -71,7 +71,10 @@ pub(super) async fn connect(
     connector: &TransportConnector,
     peer: &HttpPeer,
 ) -> Result<(Stream, bool), LinkError> {
-    connector.get_stream(peer).await.map_err(LinkError::Connect)
+    if let Some(stream) = connector.reused_stream(peer).await {
+        return Ok((stream, true));
+    }
+    connect_anew(connector, peer).await.map(|stream| (stream, false))
 }
 
 /// Makes a connection, never a pooled one.
@@ -79,7 +82,10 @@ pub(super) async fn connect_anew(
     connector: &TransportConnector,
     peer: &HttpPeer,
 ) -> Result<Stream, LinkError> {
-    connector.new_stream(peer).await.map_err(LinkError::Connect)
+    // Boxed: it is 18 KB, and most attempts find a pooled connection.
+    Box::pin(connector.new_stream(peer))
+        .await
+        .map_err(LinkError::Connect)
 }
 
 /// A connection on which the request has been sent, all of it or as much as the

@@ -33,6 +33,7 @@ mod verdict;
 use std::{
     borrow::Cow,
     net::{IpAddr, Ipv4Addr},
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -41,6 +42,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures_util::FutureExt;
 use http::{HeaderMap, StatusCode};
 use pingora::{
     proxy::{ProxyHttp, Session},
@@ -142,9 +144,13 @@ impl ProxyHttp for Proxy {
         let snapshot = self.gateway.snapshot();
         let live = state.live.insert(self.begin(session, &snapshot));
         self.gateway.resources.metrics.in_flight.inc();
-        let done = match Box::pin(self.serve(session, live, &snapshot)).await {
-            Ok(done) => done,
-            Err(Left) => Done::left(session.body_bytes_sent() as u64),
+        // A panic ends this request, not the process, and not the other streams
+        // of an HTTP/2 connection.
+        let serving = AssertUnwindSafe(Box::pin(self.serve(session, live, &snapshot)));
+        let done = match serving.catch_unwind().await {
+            Ok(Ok(done)) => done,
+            Ok(Err(Left)) => Done::left(session.body_bytes_sent() as u64),
+            Err(_panic) => self.after_panic(session, live).await,
         };
         live.done = Some(done);
         Ok(true)
@@ -213,6 +219,31 @@ impl Proxy {
             bytes_in: 0,
             done: None,
         }
+    }
+
+    /// Ends a request whose handling panicked: 500 if nothing was sent yet, else
+    /// an answer that does not look complete.
+    async fn after_panic(&self, session: &mut Session, live: &Live) -> Done {
+        self.gateway.resources.metrics.panics.inc();
+        log::error!("request panicked: id={}", live.ctx.id);
+        let error = Error::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            "internal_error",
+            "the gateway failed on this request",
+        );
+        let error = error.closing();
+        let status = error.status;
+        let code = error.code.clone();
+        if session.response_written().is_none() {
+            if let Ok(done) = send_error(session, live, error).await {
+                return done;
+            }
+        } else {
+            session.set_keepalive(None);
+            session.shutdown().await;
+        }
+        Done::local(status, code, session.body_bytes_sent())
     }
 
     /// Serves the request to its end.
