@@ -148,13 +148,13 @@ pub(crate) fn start(
     let log = logging::init(&loaded.config.log, &loaded.base, dropped)
         .context("the log cannot be opened")?;
     let log = Arc::new(log);
-    for warning in &loaded.warnings {
-        log::warn!("{warning}");
-    }
     let gateway = match Gateway::new(loaded, file, Arc::new(Resources::new(metrics))) {
         Ok(gateway) => Arc::new(gateway),
         Err(problems) => return Ok(refuse(&problems)),
     };
+    for warning in &gateway.snapshot().loaded.warnings {
+        log::warn!("{warning}");
+    }
     ready(&gateway);
     let served = server::run(gateway, Arc::clone(&log));
     log.flush();
@@ -176,14 +176,15 @@ fn check(file: &ConfigFile, print: bool) -> anyhow::Result<ExitCode> {
         Ok(loaded) => loaded,
         Err(problems) => return Ok(refuse(&problems)),
     };
-    for warning in &loaded.warnings {
-        say_err(&format!("warning: {warning}"));
-    }
     let text = config::effective(&loaded);
     let name = loaded.file.display().to_string();
     // What only shows when it is built: keys files, authorities, routes.
-    if let Err(problems) = Gateway::new(loaded, path, Arc::new(Resources::default())) {
-        return Ok(refuse(&problems));
+    let gateway = match Gateway::new(loaded, path, Arc::new(Resources::default())) {
+        Ok(gateway) => gateway,
+        Err(problems) => return Ok(refuse(&problems)),
+    };
+    for warning in &gateway.snapshot().loaded.warnings {
+        say_err(&format!("warning: {warning}"));
     }
     if print {
         say(text.trim_end())?;

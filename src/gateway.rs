@@ -178,16 +178,18 @@ impl Snapshot {
         std::iter::once(&self.chain).chain(self.route_chains.iter().flatten())
     }
 
-    /// Returns what the plugins find questionable, once each.
+    /// Returns what the plugins find questionable.
     fn warnings(&self) -> Vec<Problem> {
-        let mut warnings: Vec<Problem> = Vec::new();
-        for why in self.chains().flat_map(|chain| chain.warnings(self.config())) {
-            let warning = self.loaded.problem(&why.path, why.message);
-            if !warnings.contains(&warning) {
-                warnings.push(warning);
-            }
-        }
-        warnings
+        let own = self.route_chains.iter().enumerate();
+        let own = own.filter_map(|(i, chain)| Some((format!("routes[{i}]."), chain.as_ref()?)));
+        std::iter::once((String::new(), &self.chain))
+            .chain(own)
+            .flat_map(|(at, chain)| {
+                let warnings = chain.warnings(self.config()).into_iter();
+                warnings.map(move |why| (format!("{at}{}", why.path), why.message))
+            })
+            .map(|(path, message)| self.loaded.problem(&path, message))
+            .collect()
     }
 }
 

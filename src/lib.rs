@@ -42,7 +42,7 @@
 //! 8. `proxy/record`: metrics, the access line, plugins' `on_finish`; once.
 //!
 //! # Life of a configuration
-//! [`reload`] sees other bytes (or SIGHUP, or `POST /reload`) → [`config::load`]
+//! [`reload`] sees other bytes (or SIGHUP, or `POST /reload`) → [`config::load()`]
 //! reports every problem with line and path → [`gateway::Snapshot::build`] takes
 //! over what has not changed → one atomic swap. Any failure leaves the live
 //! snapshot in place; requests finish on the one they began with.

@@ -282,6 +282,55 @@ impl Routes {
             .filter(|model| self.plan(&model.id, restrict).is_ok())
     }
 
+    /// Returns the upstreams that a route with a pattern leads to by the name
+    /// that the client used, each once, with their groups: what they serve, only
+    /// they can tell. None that is switched off.
+    pub fn behind_patterns(&self) -> impl Iterator<Item = (&Arc<Group>, &Arc<Upstream>)> {
+        let mut seen = HashSet::new();
+        self.routes
+            .iter()
+            .filter(|route| route.pattern.exact().is_none())
+            .flat_map(|route| &route.steps)
+            .filter(|step| step.rewrite.is_none())
+            .flat_map(|step| {
+                step.group
+                    .upstreams
+                    .iter()
+                    .map(|upstream| (&step.group, upstream))
+            })
+            .filter(|(_, upstream)| {
+                let models = upstream.models();
+                models.is_empty() || models.iter().any(|pattern| pattern.exact().is_none())
+            })
+            .filter(move |(_, upstream)| {
+                !upstream.health.is_off() && seen.insert(Arc::clone(&upstream.name))
+            })
+    }
+
+    /// Returns the lines of the list that the upstreams behind patterns add to
+    /// [`Self::models`], under these restrictions: each name of theirs that
+    /// would be asked of who told it. In the order of the file, then of the
+    /// name; a name may come twice.
+    pub fn discovered(&self, restrict: &Restrict) -> impl Iterator<Item = Model> {
+        self.behind_patterns().flat_map(move |(group, upstream)| {
+            let told = upstream.discovery.models().unwrap_or_default();
+            let asked = |id: &str| {
+                let plan = self.plan(id, restrict).ok()?;
+                let mut steps = plan.steps.iter();
+                steps
+                    .any(|step| Arc::ptr_eq(&step.group, group) && *step.model == *id)
+                    .then_some(())
+            };
+            told.iter()
+                .filter(|id| upstream.serves(id) && asked(id).is_some())
+                .map(|id| Model {
+                    id: Arc::from(&**id),
+                    owner: Arc::clone(&group.name),
+                })
+                .collect::<Vec<_>>()
+        })
+    }
+
     /// Returns all groups in the order of the file, routed to or not.
     pub fn groups(&self) -> &[Arc<Group>] {
         &self.groups

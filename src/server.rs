@@ -100,7 +100,8 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     );
     let mut options = HttpServerOptions::default();
     options.h2c = true;
-    options.keepalive_request_limit = Some(config.limits.keep_alive_requests);
+    // Pingora counts how often a connection is used again.
+    options.keepalive_request_limit = Some(config.limits.keep_alive_requests.saturating_sub(1));
     options.h2_idle_timeout = Some(H2_IDLE);
     proxy.server_options = Some(options);
     let mut h2 = default_h2_options();
@@ -157,13 +158,12 @@ struct Resolver(Arc<Gateway>);
 #[async_trait]
 impl BackgroundService for Resolver {
     async fn start(&self, shutdown: ShutdownWatch) {
-        let live = || {
+        let live = || -> Vec<_> {
             let snapshot = self.0.snapshot();
-            snapshot
-                .upstreams()
-                .map(|(_, upstream)| Arc::clone(upstream))
-                .collect()
+            let upstreams = snapshot.upstreams();
+            upstreams.map(|(_, upstream)| Arc::clone(upstream)).collect()
         };
+        resolve::prime(&live()).await;
         resolve::run(live, shutdown).await;
     }
 }

@@ -4,14 +4,14 @@
 //! An axum router behind a Pingora listener: limits, shutdown and the hand-over
 //! of sockets come with Pingora's.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use axum::{
     Json, Router,
     body::Body,
     extract::{Request, State},
-    http::{HeaderMap, Response, StatusCode, header},
+    http::{HeaderMap, Response, StatusCode, header, uri::Authority},
     middleware::{Next, from_fn_with_state},
     response::IntoResponse,
     routing::{get, post},
@@ -153,7 +153,7 @@ async fn guard(
         );
         return shape(&error);
     }
-    if is_cross_site(request.headers()) {
+    if is_cross_site(request.headers()) || (key.is_none() && !is_local_name(request.headers())) {
         let error = Error::new(
             StatusCode::FORBIDDEN,
             "invalid_request_error",
@@ -188,6 +188,19 @@ fn is_cross_site(headers: &HeaderMap) -> bool {
     let origin = origin.to_str().unwrap_or("");
     let host = text(header::HOST).unwrap_or("");
     origin.split_once("://").map(|(_, host)| host) != Some(host)
+}
+
+/// Returns whether the listener was called by an address or as `localhost`.
+/// Without a key that is asked for: a page whose own name is made to point here
+/// (DNS rebinding) calls it by that name.
+fn is_local_name(headers: &HeaderMap) -> bool {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    host.is_none_or(|host| {
+        let name = host.host().trim_matches(['[', ']']);
+        name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+    })
 }
 
 async fn index() -> impl IntoResponse {

@@ -355,6 +355,14 @@ fn no_problem_repeats_a_secret() {
 }
 
 #[test]
+fn a_relative_file_of_authorities_is_beside_the_configuration() {
+    let loaded = load(&folder("conf/examples/own-ca.yaml"), &example()).unwrap();
+    let group = loaded.config.groups.values().next().unwrap();
+    let ca = group.upstreams[0].tls.ca.as_deref().unwrap();
+    assert_eq!(ca, folder("conf/examples/ca.pem"));
+}
+
+#[test]
 fn the_effective_configuration_is_whole_and_can_be_read_again() {
     for file in files("conf/examples", 15)
         .into_iter()

@@ -75,6 +75,26 @@ impl UpstreamError {
         }
     }
 
+    /// Takes the upstream's own secrets out, which [`scrub`] would not know for
+    /// what they are.
+    #[must_use]
+    pub fn without<'a>(mut self, secrets: impl IntoIterator<Item = &'a str>) -> Self {
+        for secret in secrets.into_iter().filter(|secret| !secret.is_empty()) {
+            let words = [
+                &mut self.message,
+                &mut self.kind,
+                &mut self.param,
+                &mut self.code,
+            ];
+            for word in words.into_iter().flatten() {
+                if word.contains(secret) {
+                    *word = word.replace(secret, "[…]");
+                }
+            }
+        }
+        self
+    }
+
     /// Says whether the account behind the upstream is out of money or out of
     /// its quota for long, so that waiting a minute does not help.
     pub fn hard_quota(&self) -> bool {
@@ -478,6 +498,16 @@ mod tests {
     fn parts(body: &str) -> [String; 4] {
         let error = read(body);
         [error.message, error.kind, error.param, error.code].map(Option::unwrap_or_default)
+    }
+
+    #[test]
+    fn an_upstreams_own_secrets_are_taken_out_whatever_they_look_like() {
+        let body = br#"{"error":{"message":"bad key: tulip!","param":"tulip","code":"tulip"}}"#;
+        let error = UpstreamError::read(body).without(["tulip", ""]);
+        let error = error.into_client_error(StatusCode::BAD_REQUEST);
+        assert_eq!(error.message, "bad key: […]!");
+        assert_eq!(error.param.as_deref(), Some("[…]"));
+        assert_eq!(error.code, None);
     }
 
     #[test]

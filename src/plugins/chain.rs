@@ -119,21 +119,18 @@ impl Chain {
         }
     }
 
-    /// Returns what the plugins find questionable in a configuration, with the
-    /// path of the entry.
+    /// Returns what the plugins find questionable in view of the whole
+    /// configuration, with the places in the list.
     pub fn warnings(&self, config: &Config) -> Vec<ConfigError> {
-        let of = |link: &Link| {
-            let path = link.entry.name.clone();
-            link.plugin
-                .warnings(config)
-                .into_iter()
-                .map(move |message| ConfigError {
-                    path: path.clone(),
-                    message,
-                })
-                .collect::<Vec<_>>()
-        };
-        self.links.iter().flat_map(of).collect()
+        let mut warnings = Vec::new();
+        for (index, link) in self.links.iter().enumerate() {
+            let path = format!("plugins[{index}].{}", link.entry.name);
+            for message in link.plugin.warnings(config) {
+                let path = path.clone();
+                warnings.push(ConfigError { path, message });
+            }
+        }
+        warnings
     }
 
     /// Returns whether what the plugins were built from, beside the YAML, is

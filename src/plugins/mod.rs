@@ -37,6 +37,7 @@ pub use auth::{Auth, hash_token, new_token};
 pub use chain::Chain;
 
 use crate::{
+    config::Config,
     context::{Outcome, RequestContext},
     error::Result,
     openai::Frame,
@@ -101,6 +102,13 @@ pub trait Plugin: Send + Sync {
 
     /// Returns the files, beside the YAML, whose change asks for a reload.
     fn watched(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    /// Returns what is questionable in view of the whole configuration. Asked
+    /// once per snapshot, also of a plugin that was kept.
+    fn warnings(&self, config: &Config) -> Vec<String> {
+        let _ = config;
         Vec::new()
     }
 

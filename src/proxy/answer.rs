@@ -24,6 +24,9 @@ use crate::{
 /// The deepest answer that is believed; clients' own parsers stop about there.
 const ANSWER_DEPTH_MAX: usize = 128;
 
+/// The most that is reserved on the word of a `Content-Length`.
+const RESERVE_MAX: usize = 1024 * 1024;
+
 impl Attempt<'_> {
     /// Reads the answer to its end and sends it.
     ///
@@ -66,7 +69,9 @@ impl Attempt<'_> {
             let mut event = BytesMut::with_capacity(body.len() + 32);
             event.put_slice(b"data: ");
             event.extend(body.iter().filter(|byte| !matches!(byte, b'\n' | b'\r')));
-            event.put_slice(b"\n\ndata: [DONE]\n\n");
+            event.put_slice(b"\n\n");
+            event.put_slice(self.last_comment(client).unwrap_or_default().as_bytes());
+            event.put_slice(b"data: [DONE]\n\n");
             client.finish(event.freeze()).await?;
         } else {
             client.send_head(head, Some(body.len())).await?;
@@ -95,7 +100,7 @@ impl Attempt<'_> {
             .headers
             .get(header::CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-        let mut body = BytesMut::with_capacity(length.unwrap_or(4096).min(most));
+        let mut body = BytesMut::with_capacity(length.unwrap_or(4096).min(RESERVE_MAX));
         loop {
             let now = Instant::now();
             let deadline = self.deadline.min(now + self.upstream.timeouts.inter_token);

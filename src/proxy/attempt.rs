@@ -265,7 +265,8 @@ impl Attempt<'_> {
             }
         }
         answering.release().await;
-        Ok(match judge(status, UpstreamError::read(&body), wait) {
+        let error = UpstreamError::read(&body).without(self.upstream.secrets());
+        Ok(match judge(status, error, wait) {
             Judgement::Failed(failure) => Tried::Failed(failure),
             Judgement::PassOn(error) => Tried::PassOn(error),
         })

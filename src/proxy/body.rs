@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{StatusCode, header};
-use pingora::proxy::Session;
+use pingora::{ErrorType, proxy::Session};
 use tokio::time::timeout;
 
 use crate::{
@@ -23,6 +23,9 @@ const DRAIN_MAX: usize = 64 * 1024 * 1024;
 /// buffer grows with what really comes.
 const RESERVE_MAX: usize = 1024 * 1024;
 
+/// What Pingora says of chunks that are none; its own constant is not public.
+const INVALID_CHUNK: ErrorType = ErrorType::new("InvalidChunk");
+
 /// Why there is no body.
 #[derive(Debug)]
 pub(super) enum BodyError {
@@ -36,8 +39,8 @@ pub(super) enum BodyError {
 ///
 /// # Errors
 /// 413 before anything is read if the length says so already, else as soon as
-/// the limit is passed; 408 when it takes too long. The connection is not to be
-/// used again after either.
+/// the limit is passed; 408 when it takes too long; 400 when its chunks are
+/// none. The connection is not to be used again after any.
 pub(super) async fn read(
     session: &mut Session,
     limits: &Limits,
@@ -61,8 +64,14 @@ pub(super) async fn read(
     if announced.is_some_and(|length| length > most) {
         return Err(too_large());
     }
-    if expects_continue(session)? && session.write_continue_response().await.is_err() {
-        return Err(BodyError::Left);
+    if expects_continue(session)? {
+        // Pingora takes every header that goes out before the body is in for a
+        // reason to close.
+        let kept = session.get_keepalive();
+        if session.write_continue_response().await.is_err() {
+            return Err(BodyError::Left);
+        }
+        session.set_keepalive(kept);
     }
     let whole = async {
         let mut body = BytesMut::with_capacity(announced.unwrap_or(0).min(RESERVE_MAX));
@@ -75,6 +84,11 @@ pub(super) async fn read(
                 }
                 Ok(Some(piece)) => body.put_slice(&piece),
                 Ok(None) => return Ok(body.freeze()),
+                Err(why) if *why.etype() == INVALID_CHUNK => {
+                    let message = "the chunks of the request body are not valid";
+                    let error = Error::invalid("invalid_body", message);
+                    return Err(BodyError::Refused(error.because(why).closing()));
+                }
                 Err(why) => {
                     log::debug!("client left inside its body: {}", why.etype().as_str());
                     return Err(BodyError::Left);

@@ -76,7 +76,10 @@ impl<'a> Client<'a> {
 
     /// Returns whether the head has been sent: from then on an error is an event.
     pub(super) fn head_is_sent(&self) -> bool {
-        self.session.response_written().is_some()
+        // What was written may have been a `100 Continue`.
+        self.session
+            .response_written()
+            .is_some_and(|head| !head.status.is_informational())
     }
 
     /// Returns whether the head went out before an upstream was known.
@@ -104,7 +107,8 @@ impl<'a> Client<'a> {
             let ping_at = self.ping_at;
             tokio::select! {
                 biased;
-                done = &mut work => return Ok(Waited::Done(done)),
+                // First: an upstream that always has more to say would never
+                // let us find out that nobody listens.
                 gone = self.session.read_body_or_idle(true) => match gone {
                     // Nothing more can come of a body that was read whole.
                     Ok(_) => return Err(Left),
@@ -113,6 +117,7 @@ impl<'a> Client<'a> {
                         return Err(Left);
                     }
                 },
+                done = &mut work => return Ok(Waited::Done(done)),
                 () = sleep_until(deadline.into()) => return Ok(Waited::TooLate),
                 () = sleep_until(ping_at.unwrap_or(deadline).into()), if ping_at.is_some() => {
                     self.ping().await?;

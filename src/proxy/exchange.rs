@@ -74,6 +74,8 @@ pub(super) struct Exchange<'a> {
     /// Whether the one failover after a try that may have been billed is used.
     ambiguous_used: bool,
     affinity: u64,
+    /// Every upstream that was tried.
+    tried: Vec<Arc<Upstream>>,
 }
 
 /// What follows the tries in one group.
@@ -121,6 +123,7 @@ impl<'a> Exchange<'a> {
             last_answer: None,
             ambiguous_used: false,
             affinity,
+            tried: Vec::new(),
         }
     }
 
@@ -147,26 +150,47 @@ impl<'a> Exchange<'a> {
                 Next::Fallback => only_fallback = true,
             }
         }
-        if self.ctx.attempts.is_empty() && !busy {
-            // Everything is known to be down. It may have come back since:
-            // asking once costs less than turning the client away. Who asked to
-            // be left alone is left alone.
-            for step in &plan.steps {
+        if !only_fallback
+            && !busy
+            && plan.pin.is_none()
+            && let Some(done) = self.last_resort(plan, client).await?
+        {
+            return Ok(done);
+        }
+        Ok(Err(self.give_up(plan, busy)))
+    }
+
+    /// Tries what was passed over because it is known to be down: it may have
+    /// come back since, and asking costs less than turning the client away. Who
+    /// asked to be left alone is left alone.
+    async fn last_resort(
+        &mut self,
+        plan: &Plan,
+        client: &mut Client<'_>,
+    ) -> Result<Option<Result<Ended, Error>>, Left> {
+        for step in &plan.steps {
+            let attempts = self.ctx.attempts.iter();
+            let here = attempts.filter(|attempt| attempt.group == step.group.name);
+            let mut tries = u32::try_from(here.count()).unwrap_or(u32::MAX);
+            while tries < self.limits.attempts && Instant::now() < self.deadline {
                 let now = Instant::now();
-                let Some(slot) = step.group.pick_any(&step.model, &[], now) else {
-                    continue;
+                let Some(slot) = step.group.pick_any(&step.model, &self.tried, now) else {
+                    break;
                 };
-                if slot.upstream().health.state(now) == State::Cooling {
+                self.tried.push(Arc::clone(slot.upstream()));
+                if slot.upstream().health.state(now) != State::Down {
                     continue;
                 }
+                tries += 1;
                 match self.try_one(step, slot, client).await? {
-                    Next::Ended(ended) => return Ok(Ok(ended)),
-                    Next::Tell(error) => return Ok(Err(error)),
-                    Next::Group | Next::Fallback => {}
+                    Next::Ended(ended) => return Ok(Some(Ok(ended))),
+                    Next::Tell(error) => return Ok(Some(Err(error))),
+                    Next::Group => {}
+                    Next::Fallback => return Ok(None),
                 }
             }
         }
-        Ok(Err(self.give_up(plan, busy)))
+        Ok(None)
     }
 
     /// Tries the upstreams of one group, at most `limits.attempts` of them.
@@ -177,11 +201,10 @@ impl<'a> Exchange<'a> {
         client: &mut Client<'_>,
         busy: &mut bool,
     ) -> Result<Next, Left> {
-        let mut tried: Vec<Arc<Upstream>> = Vec::new();
         let mut tries = 0;
         while tries < self.limits.attempts && Instant::now() < self.deadline {
             let insist = tries == 0 && (step.fallback || plan.pin.is_some());
-            let slot = match self.seek(plan, step, &tried, client).await? {
+            let slot = match self.seek(plan, step, client).await? {
                 Sought::Slot(slot) => slot,
                 Sought::Busy => {
                     *busy = true;
@@ -194,7 +217,7 @@ impl<'a> Exchange<'a> {
                 Sought::Nobody => return Ok(Next::Group),
             };
             let upstream = Arc::clone(slot.upstream());
-            tried.push(Arc::clone(&upstream));
+            self.tried.push(Arc::clone(&upstream));
             let mut slot = Some(slot);
             let again = step.group.config.same_upstream_retries;
             for round in 0..=again {
@@ -207,7 +230,8 @@ impl<'a> Exchange<'a> {
                     other => return Ok(other),
                 }
                 let last_round = round == again || tries >= self.limits.attempts;
-                if last_round || !self.same_may_recover() {
+                let pauses = upstream.health.state(Instant::now()) == State::Cooling;
+                if last_round || pauses || !self.same_may_recover() {
                     break;
                 }
                 if let Waited::TooLate = self.back_off(round, client).await? {
@@ -223,10 +247,9 @@ impl<'a> Exchange<'a> {
         &self,
         plan: &Plan,
         step: &Step,
-        tried: &[Arc<Upstream>],
         client: &mut Client<'_>,
     ) -> Result<Sought, Left> {
-        if let Some(sought) = self.look(plan, step, tried) {
+        if let Some(sought) = self.look(plan, step) {
             return Ok(sought);
         }
         let is_last = plan
@@ -247,7 +270,7 @@ impl<'a> Exchange<'a> {
                 freed
             });
             let freed = pin!(select_all(freed));
-            if let Some(sought) = self.look(plan, step, tried) {
+            if let Some(sought) = self.look(plan, step) {
                 return Ok(sought);
             }
             if let Waited::TooLate = client.wait(patience, freed).await? {
@@ -258,10 +281,10 @@ impl<'a> Exchange<'a> {
     }
 
     /// Looks once; `None` if everybody is busy.
-    fn look(&self, plan: &Plan, step: &Step, tried: &[Arc<Upstream>]) -> Option<Sought> {
+    fn look(&self, plan: &Plan, step: &Step) -> Option<Sought> {
         let now = Instant::now();
         if let Some(pin) = &plan.pin {
-            if !tried.is_empty() {
+            if !self.tried.is_empty() {
                 return Some(Sought::Nobody);
             }
             return match pin.try_admit(now) {
@@ -270,7 +293,10 @@ impl<'a> Exchange<'a> {
                 Err(Refusal::Unavailable) => Some(Sought::Nobody),
             };
         }
-        match step.group.pick(&step.model, tried, self.affinity, now) {
+        match step
+            .group
+            .pick(&step.model, &self.tried, self.affinity, now)
+        {
             Pick::Chosen(slot) => Some(Sought::Slot(slot)),
             Pick::Down(_) | Pick::Exhausted => Some(Sought::Nobody),
             Pick::Busy => None,
@@ -283,7 +309,9 @@ impl<'a> Exchange<'a> {
         match &plan.pin {
             Some(pin) if pin.health.is_off() => None,
             Some(pin) => pin.try_acquire(),
-            None => step.group.pick_any(&step.model, &[], Instant::now()),
+            None => step
+                .group
+                .pick_any(&step.model, &self.tried, Instant::now()),
         }
     }
 
@@ -295,7 +323,9 @@ impl<'a> Exchange<'a> {
         client: &mut Client<'_>,
     ) -> Result<Next, Left> {
         let upstream = Arc::clone(slot.upstream());
-        if let Some(previous) = self.ctx.attempts.last() {
+        if let Some(previous) = self.ctx.attempts.last()
+            && previous.upstream != upstream.name
+        {
             self.metrics
                 .failovers
                 .with_label_values(&[&*previous.upstream, &*upstream.name])
@@ -364,9 +394,12 @@ impl<'a> Exchange<'a> {
     fn after_failure(&mut self, step: &Step, upstream: &Upstream, failure: Failure) -> Next {
         let now = Instant::now();
         match failure.verdict {
-            Verdict::Rejected if failure.retry_after.is_some() => {
-                upstream.health.cool(failure.retry_after, now);
-            }
+            Verdict::Rejected if failure.retry_after.is_some() => match failure.status {
+                Some(StatusCode::TOO_MANY_REQUESTS) => {
+                    upstream.health.limit(failure.retry_after, now);
+                }
+                _ => upstream.health.cool(failure.retry_after, now),
+            },
             Verdict::Failed | Verdict::TimedOut => upstream.health.failed(now),
             _ => {}
         }
@@ -446,11 +479,16 @@ impl<'a> Exchange<'a> {
             .retry_after(RETRY_AFTER);
         }
         if self.ctx.attempts.is_empty()
-            && let Some(wait) = soonest(plan)
+            && let Some((wait, upstream)) = soonest(plan)
         {
-            // Everybody asked to be left alone, and nobody else is there.
+            // Everybody asked to be left alone, and nobody else is there: the
+            // client is told what the one who asked was.
             let failure = Failure {
-                status: Some(StatusCode::TOO_MANY_REQUESTS),
+                status: Some(if upstream.health.is_limited() {
+                    StatusCode::TOO_MANY_REQUESTS
+                } else {
+                    StatusCode::SERVICE_UNAVAILABLE
+                }),
                 retry_after: Some(wait),
                 ..Failure::new(Verdict::Rejected, "cooling")
             };
@@ -460,16 +498,18 @@ impl<'a> Exchange<'a> {
     }
 }
 
-/// Returns when the first upstream that asked to be left alone may be asked
-/// again; `None` if no upstream did.
-fn soonest(plan: &Plan) -> Option<Duration> {
+/// Returns which upstream that asked to be left alone may be asked again first,
+/// and when; `None` if no upstream did.
+fn soonest(plan: &Plan) -> Option<(Duration, &Upstream)> {
     let now = Instant::now();
-    plan.steps
-        .iter()
-        .flat_map(|step| &step.group.upstreams)
+    let serving = plan.steps.iter().flat_map(|step| {
+        let upstreams = step.group.upstreams.iter();
+        upstreams.filter(|upstream| upstream.serves(&step.model))
+    });
+    serving
         .filter(|upstream| upstream.health.state(now) == State::Cooling)
-        .map(|upstream| upstream.health.wait(now))
-        .min()
+        .map(|upstream| (upstream.health.wait(now), &**upstream))
+        .min_by_key(|(wait, _)| *wait)
 }
 
 impl Ended {

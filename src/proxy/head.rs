@@ -66,6 +66,22 @@ pub(super) fn check(request: &RequestHeader, limits: &Limits) -> Result<()> {
     Ok(())
 }
 
+/// Checks the request line as it came: a fragment, which no client sends, is
+/// lost where the target is parsed, and would make another path of it.
+///
+/// # Errors
+/// 400.
+pub(super) fn check_line(head: &[u8]) -> Result<()> {
+    let line = head
+        .split(|byte| *byte == b'\n')
+        .find(|line| line.len() > 1);
+    if line.is_some_and(|line| line.contains(&b'#')) {
+        let message = "the request target has a fragment";
+        return Err(Error::invalid("invalid_target", message).closing());
+    }
+    Ok(())
+}
+
 /// Checks that there is exactly one host, and that the target is a path.
 ///
 /// RFC 9112 §3.2: a server answers 400 to an HTTP/1.1 request without `Host`,
@@ -105,7 +121,13 @@ fn check_host(request: &RequestHeader) -> Result<()> {
 
 /// Returns whether the text can be a host with a port: RFC 3986 §3.2.2.
 fn is_host(text: &str) -> bool {
-    !text.is_empty() && !text.contains('@') && text.parse::<http::uri::Authority>().is_ok()
+    if text.is_empty() || text.contains('@') {
+        return false;
+    }
+    // The parser takes anything for a port.
+    text.parse::<http::uri::Authority>().is_ok_and(|authority| {
+        authority.host().len() == text.len() || authority.port_u16().is_some()
+    })
 }
 
 /// Takes over the client's request id if it is harmless in a header and a log
@@ -161,8 +183,15 @@ mod tests {
         assert_eq!(of(&[("host", "a"), ("host", "a")]), Some(400));
         assert_eq!(of(&[("host", "a b")]), Some(400));
         assert_eq!(of(&[("host", "u@a")]), Some(400));
+        assert_eq!(of(&[("host", "a:b")]), Some(400));
         assert_eq!(of(&[("host", "[::1]:7070")]), None);
         assert_eq!(status(&request(Version::HTTP_10, "/", &[])), None);
+    }
+
+    #[test]
+    fn a_target_has_no_fragment() {
+        assert!(check_line(b"GET /v1/models HTTP/1.1\r\nx: #\r\n\r\n").is_ok());
+        assert!(check_line(b"\r\n\nGET /v1/models#a HTTP/1.1\r\n\r\n").is_err());
     }
 
     #[test]

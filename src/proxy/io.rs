@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -139,11 +139,26 @@ impl AsyncRead for Prefixed {
     }
 }
 
-/// Whether a request's header is being read; shared by a connection's
-/// [`Guarded`] stream and the hooks of the proxy.
+/// What a connection's bytes are part of; set by the hooks of the proxy, looked
+/// at by [`Guarded`] when it reads.
 #[derive(Debug, Default)]
-struct Phase {
-    header_done: AtomicBool,
+struct Phase(AtomicU8);
+
+impl Phase {
+    /// A header that may have begun.
+    const HEADER: u8 = 0;
+    /// What follows a header.
+    const BODY: u8 = 1;
+    /// A header of which nothing has been read.
+    const NEXT: u8 = 2;
+
+    fn set(&self, phase: u8) {
+        self.0.store(phase, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u8 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// A client's stream that fails when a header takes too long, however slowly
@@ -176,12 +191,12 @@ impl Guarded {
 
     /// Stops the clock: what comes now is a body.
     pub(super) fn header_is_in(&self) {
-        self.phase.header_done.store(true, Ordering::Relaxed);
+        self.phase.set(Phase::BODY);
     }
 
     /// Arms the clock: what comes now is the next header.
     pub(super) fn request_is_over(&self) {
-        self.phase.header_done.store(false, Ordering::Relaxed);
+        self.phase.set(Phase::NEXT);
     }
 
     /// Passes on what the stream reads, and an error once the time is up.
@@ -190,9 +205,17 @@ impl Guarded {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.phase.header_done.load(Ordering::Relaxed) {
-            self.clock = None;
-            return Pin::new(&mut self.stream).poll_read(cx, buffer);
+        match self.phase.get() {
+            Phase::BODY => {
+                self.clock = None;
+                return Pin::new(&mut self.stream).poll_read(cx, buffer);
+            }
+            // A request without a body ends with its own header's clock armed.
+            Phase::NEXT => {
+                self.clock = None;
+                self.phase.set(Phase::HEADER);
+            }
+            _ => {}
         }
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
@@ -246,6 +269,11 @@ impl Peek for Guarded {
         wanted.fill(0);
         for (to, from) in wanted.iter_mut().zip(seen.iter()) {
             *to = *from;
+        }
+        // From here on its frames are the bytes, and the hooks cannot tell us
+        // when a header is in.
+        if seen == PREFACE {
+            self.header_is_in();
         }
         self.first = seen;
         Ok(true)

@@ -21,7 +21,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::StatusCode;
+use http::{StatusCode, header};
 use pingora::{
     ErrorType,
     connectors::TransportConnector,
@@ -156,10 +156,8 @@ impl Link {
                 Some(_) => break,
             }
         }
-        Ok(Self {
-            session,
-            reusable: sent.reusable,
-        })
+        let reusable = sent.reusable && one_framing(&session);
+        Ok(Self { session, reusable })
     }
 
     /// Returns the header of the answer.
@@ -200,6 +198,25 @@ impl Link {
     pub(super) async fn close(mut self) {
         self.session.shutdown().await;
     }
+}
+
+/// Returns whether the header says once how long the body is. Where it says it
+/// twice, whoever is on the way may disagree on where the next answer begins
+/// (RFC 9112 §6.3). Of two ways Pingora takes one out of the parsed header.
+fn one_framing(session: &HttpSession) -> bool {
+    let Some(head) = session.resp_header() else {
+        return false;
+    };
+    let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
+    if codings.next().is_none() {
+        return true;
+    }
+    let length = b"\ncontent-length";
+    let raw = session.get_headers_raw_bytes();
+    codings.next().is_none()
+        && !raw
+            .windows(length.len())
+            .any(|window| window.eq_ignore_ascii_case(length))
 }
 
 /// How much of a request was written before something came back.

@@ -1,9 +1,11 @@
 //! Answers that need no upstream: the list of models, health, what is here.
 
+use std::{collections::HashSet, sync::Arc};
+
 use http::{HeaderMap, StatusCode};
 use serde_json::{Value, json};
 
-use super::{calls::Call, verdict::model_not_found};
+use super::{calls::Call, discover, verdict::model_not_found};
 use crate::{
     context::RequestContext,
     error::Result,
@@ -11,13 +13,14 @@ use crate::{
     plugins::LocalResponse,
     routes::Model,
     status::{report, seconds},
+    upstreams::MODELS_MAX,
 };
 
 /// Answers a call that needs no upstream.
 ///
 /// # Errors
 /// 404 for a model that is not there, or not for this caller.
-pub(super) fn answer(
+pub(super) async fn answer(
     call: &Call,
     gateway: &Gateway,
     snapshot: &Snapshot,
@@ -25,12 +28,10 @@ pub(super) fn answer(
     draining: bool,
 ) -> Result<LocalResponse> {
     Ok(match call {
-        Call::Models => ok(&json!({
-            "object": "list",
-            "data": visible_models(snapshot, ctx)
-                .map(|model| entry(snapshot, &model.id, &model.owner))
-                .collect::<Vec<_>>(),
-        })),
+        Call::Models => {
+            discover::refresh(&snapshot.routes, &gateway.connector).await;
+            ok(&json!({ "object": "list", "data": list(snapshot, ctx) }))
+        }
         Call::ModelById(id) => {
             if let Some(model) = visible_models(snapshot, ctx).find(|model| *model.id == **id) {
                 ok(&entry(snapshot, id, &model.owner))
@@ -82,6 +83,22 @@ fn visible_models<'a>(
         .routes
         .models_for(&ctx.restrict)
         .filter(|model| may_use(ctx, &model.id))
+}
+
+/// What the configuration names, then what upstreams say they have; each once.
+fn list(snapshot: &Snapshot, ctx: &RequestContext) -> Vec<Value> {
+    let discovered = snapshot
+        .routes
+        .discovered(&ctx.restrict)
+        .filter(|model| may_use(ctx, &model.id));
+    let mut seen = HashSet::new();
+    visible_models(snapshot, ctx)
+        .cloned()
+        .chain(discovered)
+        .filter(|model| seen.insert(Arc::clone(&model.id)))
+        .take(MODELS_MAX)
+        .map(|model| entry(snapshot, &model.id, &model.owner))
+        .collect()
 }
 
 fn entry(snapshot: &Snapshot, id: &str, owner: &str) -> Value {

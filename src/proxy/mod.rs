@@ -1,13 +1,13 @@
 //! The data plane: from a client's bytes to an upstream's and back.
 //!
-//! - [`edge`]: around Pingora's proxy: bounds a request's header in time
-//! - [`head`], [`calls`], [`body`]: what a request must be before it counts
-//! - [`exchange`] → [`attempt`] → [`link`]: the tries, one try, one connection
-//! - [`answer`], [`relay`]: a whole answer, a stream of events
-//! - [`verdict`]: what an upstream's answer means, and what the client is told
-//! - [`client`]: the client's side of an exchange
-//! - [`local`], [`respond`]: answers made here
-//! - [`record`]: the access line and the metrics of a request that ended
+//! - `edge`: around Pingora's proxy: bounds a request's header in time
+//! - `head`, `calls`, `body`: what a request must be before it counts
+//! - `exchange` → `attempt` → `link`: the tries, one try, one connection
+//! - `answer`, `relay`: a whole answer, a stream of events
+//! - `verdict`: what an upstream's answer means, and what the client is told
+//! - `client`: the client's side of an exchange
+//! - `local`, `respond`: answers made here; `discover`: what upstreams list
+//! - `record`: the access line and the metrics of a request that ended
 //!
 //! The only place where `pingora_proxy::Session` appears. Everything happens in
 //! [`ProxyHttp::request_filter`], which always answers itself: Pingora's own
@@ -19,6 +19,7 @@ mod attempt;
 mod body;
 mod calls;
 mod client;
+mod discover;
 mod edge;
 mod exchange;
 mod head;
@@ -38,12 +39,12 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use pingora::{
     proxy::{ProxyHttp, Session},
     upstreams::peer::HttpPeer,
@@ -64,6 +65,9 @@ use crate::{
     openai::{ApiRequest, error_event},
     plugins::{Chain, Flow, LocalResponse},
 };
+
+/// How much later than our deadline for a body Pingora's own for one read is.
+const READ_MARGIN: Duration = Duration::from_secs(5);
 
 /// The proxy: one per process, shared by every connection.
 pub struct Proxy {
@@ -131,7 +135,9 @@ impl ProxyHttp for Proxy {
         }
         // A client that pipelines is served in turn instead of being cut off.
         session.set_pipelining_enabled(true);
-        session.set_read_timeout(Some(limits.body_timeout.get()));
+        // The body as a whole has its own deadline, which gets an answer: this
+        // one is per read, and must not come first.
+        session.set_read_timeout(Some(limits.body_timeout.get() + READ_MARGIN));
         session.set_write_timeout(Some(limits.write_timeout.get()));
         Ok(())
     }
@@ -149,7 +155,12 @@ impl ProxyHttp for Proxy {
         let serving = AssertUnwindSafe(Box::pin(self.serve(session, live, &snapshot)));
         let done = match serving.catch_unwind().await {
             Ok(Ok(done)) => done,
-            Ok(Err(Left)) => Done::left(session.body_bytes_sent() as u64),
+            Ok(Err(Left)) => {
+                // Pingora would wait for the rest of the body otherwise.
+                session.set_keepalive(None);
+                session.shutdown().await;
+                Done::left(session.body_bytes_sent() as u64)
+            }
             Err(_panic) => self.after_panic(session, live).await,
         };
         live.done = Some(done);
@@ -165,6 +176,12 @@ impl ProxyHttp for Proxy {
     ) {
         if let Some(guarded) = session.stream().and_then(io::guarded) {
             guarded.request_is_over();
+        }
+        // Where a chunked body ends is a matter of its reader when its chunks
+        // are odd (Pingora takes an empty size for 0): what came behind one is
+        // not taken for a request, the connection is closed.
+        if session.get_header(header::TRANSFER_ENCODING).is_some() {
+            session.set_pipelining_enabled(false);
         }
         let Some(live) = state.live.take() else {
             return;
@@ -235,7 +252,8 @@ impl Proxy {
         let error = error.closing();
         let status = error.status;
         let code = error.code.clone();
-        if session.response_written().is_none() {
+        let head = session.response_written();
+        if head.is_none_or(|head| head.status.is_informational()) {
             if let Ok(done) = send_error(session, live, error).await {
                 return done;
             }
@@ -279,6 +297,9 @@ impl Proxy {
     ) -> std::result::Result<Prepared, Stopped> {
         let limits = &snapshot.config().limits;
         head::check(session.req_header(), limits)?;
+        if let Some(http1) = session.as_http1() {
+            head::check_line(&http1.get_headers_raw_bytes())?;
+        }
         let request = session.req_header();
         let call = calls::look_up(&request.method, request.raw_path())?;
         live.call = call.name();
@@ -290,7 +311,7 @@ impl Proxy {
                     return Ok(Prepared::Local(answer));
                 }
             }
-            let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, draining)?;
+            let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, draining).await?;
             return Ok(Prepared::Local(answer));
         };
         // With lists per route the body must tell which list it is.
@@ -419,11 +440,7 @@ impl From<BodyError> for Stopped {
 
 /// Reads what a client may say about where its request goes.
 fn restrict_by_headers(ctx: &mut RequestContext) -> Result<()> {
-    match ctx
-        .headers
-        .get("x-forebay-local")
-        .map(|value| value.as_bytes())
-    {
+    match only(&ctx.headers, "x-forebay-local")?.map(HeaderValue::as_bytes) {
         None | Some(b"0" | b"false") => {}
         Some(b"1" | b"true") => ctx.restrict.local = true,
         Some(_) => {
@@ -431,7 +448,7 @@ fn restrict_by_headers(ctx: &mut RequestContext) -> Result<()> {
             return Err(Error::invalid("invalid_header", message));
         }
     }
-    if let Some(name) = ctx.headers.get("x-forebay-upstream") {
+    if let Some(name) = only(&ctx.headers, "x-forebay-upstream")? {
         match name.to_str() {
             Ok(name) if !name.is_empty() => ctx.restrict.pin = Some(name.into()),
             _ => {
@@ -441,6 +458,17 @@ fn restrict_by_headers(ctx: &mut RequestContext) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Returns the one field of this name: of two, the client may have meant either.
+fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a HeaderValue>> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next();
+    if values.next().is_some() {
+        let message = format!("{name} is there more than once");
+        return Err(Error::invalid("invalid_header", message));
+    }
+    Ok(value)
 }
 
 /// A key may choose an upstream only if its entry says so; without keys

@@ -9,6 +9,10 @@ use crate::{
     logging::{AccessLine, write_access},
 };
 
+/// More tokens than any model takes or makes: an upstream that claims more is
+/// broken, and must not spoil the counters.
+const TOKENS_MAX: u64 = 100_000_000;
+
 /// Records a request that ended. Called once per request.
 pub(super) async fn write(gateway: &Gateway, live: Live) {
     let Live {
@@ -67,8 +71,8 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
     }
     if let Some(usage) = &outcome.usage {
         let tokens = |name| metrics.tokens.with_label_values(&[route, upstream, name]);
-        tokens("in").inc_by(usage.prompt_tokens);
-        tokens("out").inc_by(usage.completion_tokens);
+        tokens("in").inc_by(usage.prompt_tokens.min(TOKENS_MAX));
+        tokens("out").inc_by(usage.completion_tokens.min(TOKENS_MAX));
     }
     if let Some(chain) = chain {
         chain.on_finish(&ctx, &outcome).await;

@@ -110,12 +110,14 @@ impl Attempt<'_> {
     ) -> Result<Result<(), Failure>, Left> {
         loop {
             let deadline = self.next_deadline(relay);
+            if deadline <= Instant::now() {
+                // A wait asks the upstream first: one that always has more to
+                // say would never be found too late.
+                return Ok(Err(Failure::new(Verdict::TimedOut, "no end in time")));
+            }
             let piece = match client.wait(deadline, relay.answering.link.read()).await? {
                 Waited::Done(Ok(Some(piece))) => piece,
-                Waited::Done(Ok(None)) => {
-                    let why = "ended without its last event";
-                    return Ok(Err(Failure::new(Verdict::Failed, why)));
-                }
+                Waited::Done(Ok(None)) => return self.take_tail(relay, client).await,
                 Waited::Done(Err(why)) => {
                     let cause = format!("broken inside the stream: {why}");
                     return Ok(Err(Failure::new(Verdict::Failed, cause)));
@@ -145,7 +147,7 @@ impl Attempt<'_> {
         client: &mut Client<'_>,
     ) -> Result<Step, Left> {
         while let Some(event) = relay.framer.next() {
-            let mut frame = match event {
+            let frame = match event {
                 Ok(frame) => frame,
                 Err(why) => {
                     self.metrics.limits.with_label_values(&["event"]).inc();
@@ -153,30 +155,68 @@ impl Attempt<'_> {
                 }
             };
             let facts = inspect(relay.endpoint, &frame);
-            if let Some(step) = self.look_at(relay, &frame, &facts) {
-                return Ok(step);
-            }
-            if facts.meaningful && !relay.committed {
-                self.commit(relay, client).await?;
-            }
-            if self.chain.wants_events
-                && let Err(error) = self.chain.on_event(self.ctx, &mut frame)
-            {
-                return Ok(broken(Verdict::Cut, error.to_string()));
-            }
-            if facts.done {
-                self.add_last_comment(relay, client);
-            }
-            Self::keep(relay, &frame, &facts);
-            if facts.done {
-                return Ok(Step::Done);
-            }
-            if !relay.committed && relay.out.len() > self.limits.event.get() {
-                self.metrics.limits.with_label_values(&["event"]).inc();
-                return Ok(broken(Verdict::Failed, "too much before the first token"));
+            match self.take_event(relay, frame, &facts, client).await? {
+                Step::On => {}
+                end => return Ok(end),
             }
         }
         Ok(Step::On)
+    }
+
+    async fn take_event(
+        &mut self,
+        relay: &mut Relay,
+        mut frame: Frame,
+        facts: &Facts,
+        client: &mut Client<'_>,
+    ) -> Result<Step, Left> {
+        if let Some(step) = self.look_at(relay, &frame, facts) {
+            return Ok(step);
+        }
+        if facts.meaningful && !relay.committed {
+            self.commit(relay, client).await?;
+        }
+        if self.chain.wants_events
+            && let Err(error) = self.chain.on_event(self.ctx, &mut frame)
+        {
+            return Ok(broken(Verdict::Cut, error.to_string()));
+        }
+        if facts.done
+            && let Some(comment) = self.last_comment(client)
+        {
+            relay.out.put_slice(comment.as_bytes());
+        }
+        Self::keep(relay, &frame, facts);
+        if facts.done {
+            return Ok(Step::Done);
+        }
+        if !relay.committed && relay.out.len() > self.limits.event.get() {
+            self.metrics.limits.with_label_values(&["event"]).inc();
+            return Ok(broken(Verdict::Failed, "too much before the first token"));
+        }
+        Ok(Step::On)
+    }
+
+    /// The upstream ended its body in good order. By the standard what has no
+    /// blank line is no event; some servers leave it out after `[DONE]`, though,
+    /// and that one line says all there is to know.
+    async fn take_tail(
+        &mut self,
+        relay: &mut Relay,
+        client: &mut Client<'_>,
+    ) -> Result<Result<(), Failure>, Left> {
+        if let Some(frame) = relay.framer.take_tail() {
+            let facts = inspect(relay.endpoint, &frame);
+            if facts.done {
+                match self.take_event(relay, frame, &facts, client).await? {
+                    Step::Done => return Ok(Ok(())),
+                    Step::Broken(failure) => return Ok(Err(failure)),
+                    Step::On => {}
+                }
+            }
+        }
+        let why = "ended without its last event";
+        Ok(Err(Failure::new(Verdict::Failed, why)))
     }
 
     /// Notes what an event tells; returns a step if the stream ends with it.
@@ -231,11 +271,11 @@ impl Attempt<'_> {
         relay.out.put_slice(&frame.raw);
     }
 
-    /// If the head had to go out before this upstream was known, says who
-    /// answered in a comment before the last event.
-    fn add_last_comment(&self, relay: &mut Relay, client: &Client<'_>) {
+    /// If the head had to go out before this upstream was known, returns the
+    /// comment that says, before the last event, who answered.
+    pub(super) fn last_comment(&self, client: &Client<'_>) -> Option<String> {
         if !client.head_was_early() {
-            return;
+            return None;
         }
         let who = serde_json::json!({
             "upstream": &*self.upstream.name,
@@ -243,9 +283,7 @@ impl Attempt<'_> {
             "attempts": self.number,
             "fallback": self.step.fallback,
         });
-        relay
-            .out
-            .put_slice(format!(": forebay {who}\n\n").as_bytes());
+        Some(format!(": forebay {who}\n\n"))
     }
 
     fn next_deadline(&self, relay: &Relay) -> Instant {

@@ -57,7 +57,7 @@ pub(super) fn judge(
         429 | 503 | 529 => Verdict::Rejected,
         401..=403 => Verdict::Credential,
         404 | 501 => Verdict::NoModel,
-        408 | 300..=399 | 500..=599 => Verdict::Failed,
+        408 | 300..=399 | 500.. => Verdict::Failed,
         _ => return Judgement::PassOn(error.into_client_error(status)),
     };
     Judgement::Failed(Failure {
@@ -155,6 +155,7 @@ mod tests {
             (500, Verdict::Failed),
             (502, Verdict::Failed),
             (504, Verdict::Failed),
+            (999, Verdict::Failed),
         ] {
             match judged(status, b"{}") {
                 Judgement::Failed(failure) => assert_eq!(failure.verdict, verdict, "{status}"),

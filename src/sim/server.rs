@@ -303,7 +303,17 @@ impl Server {
         if std::mem::take(&mut listening.stopped) {
             self.shared.load();
         }
-        self.apply_to(&mut listening).await
+        // A process that is just being forked elsewhere in this one holds the
+        // old socket until it execs.
+        let until = Instant::now() + Duration::from_secs(2);
+        loop {
+            match self.apply_to(&mut listening).await {
+                Err(why) if why.kind() == io::ErrorKind::AddrInUse && Instant::now() < until => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                done => return done,
+            }
+        }
     }
 
     pub(crate) async fn set_faults(&self, faults: Vec<Fault>) -> io::Result<()> {

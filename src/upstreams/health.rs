@@ -70,6 +70,8 @@ pub struct Health {
     downs: AtomicU32,
     down_until: AtomicU64,
     cool_until: AtomicU64,
+    /// Whether the last pause was asked for because of a rate limit.
+    limited: AtomicBool,
     /// The ticket of the one request that tries a half-open upstream; 0 is none.
     probe: AtomicU64,
     tickets: AtomicU64,
@@ -95,6 +97,7 @@ impl Health {
             downs: AtomicU32::new(0),
             down_until: AtomicU64::new(0),
             cool_until: AtomicU64::new(0),
+            limited: AtomicBool::new(false),
             probe: AtomicU64::new(0),
             tickets: AtomicU64::new(0),
         }
@@ -140,7 +143,20 @@ impl Health {
     /// long. Never shortens a pause that runs.
     pub fn cool(&self, pause: Option<Duration>, now: Instant) {
         let pause = pause.unwrap_or(COOL_DEFAULT).min(COOL_MAX);
+        self.limited.store(false, SeqCst);
         self.cool_until.fetch_max(self.millis(now + pause), SeqCst);
+    }
+
+    /// The same, because of its rate limit.
+    pub fn limit(&self, pause: Option<Duration>, now: Instant) {
+        self.cool(pause, now);
+        self.limited.store(true, SeqCst);
+    }
+
+    /// Returns whether the last pause it asked for was because of its rate
+    /// limit, and not for being overloaded.
+    pub fn is_limited(&self) -> bool {
+        self.limited.load(SeqCst)
     }
 
     /// Returns whether a request may go there now.
@@ -251,6 +267,20 @@ mod tests {
 
     fn secs(secs: f64) -> Duration {
         Duration::from_secs_f64(secs)
+    }
+
+    #[test]
+    fn a_pause_knows_whether_it_was_for_a_rate_limit() {
+        let now = Instant::now();
+        let health = Health::new(now);
+        health.limit(Some(Duration::from_secs(9)), now);
+        assert_eq!(
+            (health.state(now), health.is_limited()),
+            (State::Cooling, true)
+        );
+        health.cool(None, now);
+        assert!(!health.is_limited());
+        assert_eq!(health.wait(now), Duration::from_secs(9));
     }
 
     #[test]

@@ -8,10 +8,12 @@
 //! - [`tls`]: the authorities to trust
 //! - [`upstream`]: one upstream: headers, peer, slots
 //! - [`resolve`]: its name's addresses, kept fresh in the background
+//! - [`discovery`]: which models it says it has
 //! - [`health`]: whether it may be used now
 //! - [`strategies`]: how one of several is chosen; the one list
 //! - [`group`]: upstreams that can stand in for each other
 
+pub mod discovery;
 pub mod group;
 pub mod health;
 pub mod resolve;
@@ -20,6 +22,7 @@ pub mod tls;
 pub mod upstream;
 pub mod url;
 
+pub use discovery::{Discovery, MODELS_MAX};
 pub use group::{BuildError, Group, Pick, Previous};
 pub use health::{Health, State};
 pub use resolve::{Addresses, Unresolved};

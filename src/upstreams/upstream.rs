@@ -30,6 +30,7 @@ use pingora::{
 use tokio::sync::{Notify, futures::Notified};
 
 use super::{
+    discovery::Discovery,
     health::{Health, Leave},
     resolve::{Addresses, Unresolved},
     tls::Authorities,
@@ -63,6 +64,8 @@ pub struct Upstream {
     pub addresses: Arc<Addresses>,
     /// What the traffic tells of it.
     pub health: Arc<Health>,
+    /// Which models it says it has.
+    pub discovery: Arc<Discovery>,
     /// What smooth weighted turns owe it. Belongs to
     /// [`strategies`](super::strategies); nobody else may touch it. Here and not
     /// there so that it goes with the upstream when groups change.
@@ -173,6 +176,9 @@ pub fn build(
             && same_tls(old)
     };
     let now = Instant::now();
+    let discovery = previous
+        .filter(same_health)
+        .map_or_else(Arc::default, |old| Arc::clone(&old.discovery));
     let health = match previous.filter(same_health) {
         Some(old) => Arc::clone(&old.health),
         None if off => Arc::new(Health::off(now)),
@@ -200,6 +206,7 @@ pub fn build(
             |old| Arc::clone(&old.addresses),
         ),
         health,
+        discovery,
         credit: AtomicI64::new(0),
         models: config
             .models
@@ -229,6 +236,16 @@ impl Upstream {
         self.config
             .concurrent
             .is_none_or(|most| self.in_flight() < most)
+    }
+
+    /// Returns the secrets that are sent to it, to be kept out of what it says.
+    pub fn secrets(&self) -> impl Iterator<Item = &str> {
+        let headers = self.headers.iter().map(|(_, value)| value);
+        headers
+            .filter(|value| value.is_sensitive())
+            .chain(&self.authorization)
+            .filter_map(|value| value.to_str().ok())
+            .map(|value| value.strip_prefix("Bearer ").unwrap_or(value))
     }
 
     /// Returns whether it serves a model, by the name it is sent with.

@@ -14,4 +14,12 @@
 
 mod support;
 
+mod auth;
+mod cli;
+mod endpoints;
+mod floors;
+mod leaving;
+mod observability;
+mod reload;
 mod smoke;
+mod streaming;

@@ -19,7 +19,7 @@
 //! **Invariant:** no message and no `Debug` holds a hash.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt, fs,
     io::{self, Read as _},
     path::Path,
@@ -102,6 +102,17 @@ impl Keys {
             }
         }
         found
+    }
+
+    /// Returns every group that a key names, with the key's name; sorted, each
+    /// pair once.
+    pub(super) fn groups(&self) -> BTreeSet<(&str, &str)> {
+        let keys = self.by_start.values().flatten();
+        keys.flat_map(|key| {
+            let groups = key.principal.groups.iter().flat_map(|all| all.iter());
+            groups.map(|group| (&*key.principal.name, &**group))
+        })
+        .collect()
     }
 
     /// Reads a keys file's text; `file` is what it is called in messages.
@@ -471,6 +482,18 @@ mod tests {
     fn problems(text: &str) -> Vec<String> {
         let problems = Keys::parse("keys.yaml", text).unwrap_err();
         problems.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn every_group_that_a_key_names_is_told_once() {
+        let keys = keys(&format!(
+            "keys:\n- {{ name: a, sha256: [ {}, {} ], groups: [y, x] }}\n- {{ name: b, sha256: {} }}\n",
+            hash_token("a new token"),
+            hash_token("an old token"),
+            hash_token("another token"),
+        ));
+        let groups: Vec<_> = keys.groups().into_iter().collect();
+        assert_eq!(groups, [("a", "x"), ("a", "y")]);
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub use token::{hash_token, new_token};
 
 use super::{Build, ConfigError, Configure, Flow, Plugin};
 use crate::{
+    config::{Config, problem::shown},
     context::{Principal, RequestContext, Restrict},
     error::{Error, Result},
 };
@@ -212,6 +213,23 @@ impl Plugin for Auth {
 
     fn watched(&self) -> Vec<PathBuf> {
         self.0.iter().map(|guard| guard.path.clone()).collect()
+    }
+
+    fn warnings(&self, config: &Config) -> Vec<String> {
+        let Some(guard) = &self.0 else {
+            return Vec::new();
+        };
+        let unknown = |group: &str| !config.groups.contains_key(group);
+        let all = guard.keys.groups().into_iter();
+        all.filter(|(_, group)| unknown(group))
+            .map(|(name, group)| {
+                format!(
+                    "the key {} may reach the group {}, which does not exist",
+                    shown(name),
+                    shown(group)
+                )
+            })
+            .collect()
     }
 
     fn is_current(&self) -> bool {

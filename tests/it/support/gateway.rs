@@ -6,11 +6,18 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
 };
 
 use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use super::{
     eventually,
@@ -57,7 +64,7 @@ impl Gateway {
                 .spawn()
                 .unwrap();
             let log = collect(&mut child);
-            if ready(&mut child, addr).await {
+            if ready(&mut child, addr, has_own_admin(yaml), admin).await {
                 return Self {
                     addr,
                     admin,
@@ -158,8 +165,19 @@ pub fn command() -> Command {
 }
 
 /// A port that was free a moment ago.
+///
+/// Not one that the system chooses: it would give the same one, a moment later,
+/// to a simulator or to a client, and a test would talk to a stranger.
 pub fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        // Below the ports that the system hands out; each process begins elsewhere.
+        let nth = NEXT.fetch_add(1, Ordering::Relaxed) + std::process::id() * 257;
+        let port = u16::try_from(10_000 + nth % 22_000).unwrap();
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
+            return listener.local_addr().unwrap();
+        }
+    }
 }
 
 fn complete(yaml: &str, addr: SocketAddr, admin: SocketAddr) -> String {
@@ -168,7 +186,7 @@ fn complete(yaml: &str, addr: SocketAddr, admin: SocketAddr) -> String {
     } else {
         "plugins: [ auth: none ]\n"
     };
-    let admin = if yaml.lines().any(|line| line.starts_with("admin:")) {
+    let admin = if has_own_admin(yaml) {
         String::new()
     } else {
         format!("admin: {{ listen: \"{admin}\" }}\n")
@@ -190,14 +208,38 @@ fn collect(child: &mut Child) -> Arc<Mutex<String>> {
     log
 }
 
-async fn ready(child: &mut Child, addr: SocketAddr) -> bool {
+fn has_own_admin(yaml: &str) -> bool {
+    yaml.lines().any(|line| line.starts_with("admin:"))
+}
+
+/// Waits until the gateway serves, or is gone. That somebody listens says
+/// little: before it starts it tries both addresses, and lets go of them again.
+/// The admin listener is asked where it can be, since nothing counts that.
+async fn ready(child: &mut Child, addr: SocketAddr, own_admin: bool, admin: SocketAddr) -> bool {
+    let (asked, path) = if own_admin {
+        (addr, "/livez")
+    } else {
+        (admin, "/health")
+    };
     let mut exited = false;
     eventually("the gateway is ready or gone", || {
         exited = child.try_wait().unwrap().is_some();
         async move {
-            exited || tokio::net::TcpStream::connect(addr).await.is_ok()
+            exited || (answers(asked, path).await && TcpStream::connect(addr).await.is_ok())
         }
     })
     .await;
     !exited
+}
+
+async fn answers(addr: SocketAddr, path: &str) -> bool {
+    let ask = async {
+        let mut stream = TcpStream::connect(addr).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: forebay.test\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    ask.await.is_ok_and(|answer| answer.starts_with(b"HTTP/1.1 "))
 }

@@ -141,6 +141,12 @@ impl Connection {
         std::mem::take(&mut self.read)
     }
 
+    /// Watches for a time whether the other side neither says anything nor
+    /// closes.
+    pub async fn stays_open(&mut self, time: std::time::Duration) -> bool {
+        tokio::time::timeout(time, self.more()).await.is_err()
+    }
+
     /// Closes the sending side only.
     pub async fn finish_sending(&mut self) {
         self.stream.shutdown().await.unwrap();
@@ -154,14 +160,7 @@ impl Connection {
     }
 
     async fn more(&mut self) -> bool {
-        let mut piece = [0; 16 * 1024];
-        match self.stream.read(&mut piece).await {
-            Ok(0) | Err(_) => false,
-            Ok(read) => {
-                self.read.extend_from_slice(&piece[..read]);
-                true
-            }
-        }
+        matches!(self.stream.read_buf(&mut self.read).await, Ok(1..))
     }
 
     async fn read_answer(&mut self) -> Answer {
@@ -273,7 +272,7 @@ pub async fn post_chat(addr: SocketAddr, body: &str) -> Answer {
 
 /// The bytes of a request with a length.
 pub fn build(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
-    let mut bytes = format!("{method} {path} HTTP/1.1\r\nhost: forebay.test\r\n").into_bytes();
+    let mut bytes = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\n").into_bytes();
     for (name, value) in headers {
         bytes.extend_from_slice(format!("{name}: {value}\r\n").as_bytes());
     }

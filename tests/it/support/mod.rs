@@ -3,11 +3,14 @@
 //! **Invariant:** nothing sleeps. What takes time is waited for with a deadline
 //! ([`eventually`]).
 
+pub mod by_hand;
 pub mod gateway;
 pub mod http;
+pub mod scripted;
 
 pub use gateway::Gateway;
 pub use http::{Answer, Connection};
+pub use scripted::Scripted;
 
 use std::{future::Future, time::Duration};
 
@@ -79,4 +82,46 @@ pub fn chat_stream(model: &str) -> String {
     format!(
         r#"{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Hello"}}]}}"#
     )
+}
+
+/// The YAML of one upstream, with further keys: `concurrent: 1, weight: 3`.
+pub fn upstream_at(name: &str, url: &str, keys: &str) -> String {
+    let comma = if keys.is_empty() { "" } else { ", " };
+    format!("      - {{ name: {name}, url: \"{url}\"{comma}{keys} }}\n")
+}
+
+/// The YAML of one group, to stand under `groups:`; with further keys:
+/// `local: true, retry_ambiguous: false`.
+pub fn group_of(name: &str, keys: &str, upstreams: &[String]) -> String {
+    let mut yaml = format!("  {name}:\n");
+    for key in keys.split(", ").filter(|key| !key.is_empty()) {
+        yaml.push_str(&format!("    {key}\n"));
+    }
+    yaml.push_str("    upstreams:\n");
+    yaml.extend(upstreams.iter().map(String::as_str));
+    yaml
+}
+
+/// The YAML of groups with these upstreams, and of one route through all of
+/// them in this order; `#fallback` after a name makes the group the fallback.
+pub fn groups_in_order(groups: &[(&str, &[&Sim])]) -> String {
+    let mut yaml = String::from("groups:\n");
+    let mut ordinary = Vec::new();
+    let mut last = String::new();
+    for (name, sims) in groups {
+        let group = name.strip_suffix("#fallback").unwrap_or(name);
+        let upstreams: Vec<String> = sims
+            .iter()
+            .map(|sim| upstream_at(sim.name(), &sim.url(), "kind: vllm"))
+            .collect();
+        yaml.push_str(&group_of(group, "", &upstreams));
+        if group == *name {
+            ordinary.push(group);
+        } else {
+            last = format!(", fallback: {group}");
+        }
+    }
+    let ordinary = ordinary.join(", ");
+    yaml.push_str(&format!("routes:\n  - {{ model: \"*\", groups: [{ordinary}]{last} }}\n"));
+    yaml
 }

@@ -1,0 +1,598 @@
+//! HTTP/2 by prior knowledge, on the port that speaks HTTP/1.1 as well.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use h2::{
+    Reason,
+    client::{SendRequest, handshake},
+};
+use http::{Request, Version};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+use crate::support::{Answer, Gateway, chat, chat_stream, http::post_chat, one_group, sim, soon};
+
+const CHAT: &str = "/v1/chat/completions";
+const IN_FLIGHT: &str = "forebay_requests_in_flight";
+
+type Sender = SendRequest<Bytes>;
+
+async fn connect(addr: SocketAddr) -> Sender {
+    let stream = soon("a connection", TcpStream::connect(addr))
+        .await
+        .unwrap();
+    let (sender, connection) = soon("a handshake", handshake(stream)).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn request(path: &str, fields: &[(&str, &str)]) -> Request<()> {
+    let mut request = Request::post(format!("http://forebay.test{path}")).version(Version::HTTP_2);
+    for (name, value) in fields {
+        request = request.header(*name, *value);
+    }
+    request.body(()).unwrap()
+}
+
+/// Sends a request on a stream of its own and reads the answer.
+async fn ask(
+    sender: &Sender,
+    request: Request<()>,
+    body: impl Into<Bytes>,
+) -> Result<Answer, h2::Error> {
+    let body = body.into();
+    let work = async {
+        let mut sender = sender.clone().ready().await?;
+        let (answer, mut stream) = sender.send_request(request, false)?;
+        // The answer may come, and the stream end, before the body is out.
+        stream.send_data(body, true).ok();
+        let (head, mut body) = answer.await?.into_parts();
+        let mut answer = Answer {
+            status: head.status.as_u16(),
+            headers: head
+                .headers
+                .iter()
+                .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
+                .collect(),
+            body: Vec::new(),
+            complete: true,
+        };
+        while let Some(piece) = body.data().await {
+            let piece = piece?;
+            body.flow_control().release_capacity(piece.len())?;
+            answer.body.extend_from_slice(&piece);
+        }
+        Ok(answer)
+    };
+    soon("an answer", work).await
+}
+
+async fn post(sender: &Sender, body: &str) -> Answer {
+    ask(sender, request(CHAT, &[]), body.to_owned())
+        .await
+        .unwrap()
+}
+
+async fn is_unharmed(gateway: &Gateway) {
+    let sender = connect(gateway.addr).await;
+    assert_eq!(post(&sender, &chat("demo")).await.status, 200);
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    gateway.metric_becomes(IN_FLIGHT, 0.0).await;
+    assert_eq!(gateway.metric("forebay_panics_total").await, Some(0.0));
+}
+
+#[tokio::test]
+async fn a_chat_and_a_stream_come_through_and_say_who_answered() {
+    let sim = sim("gpu-1").await;
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    let sender = connect(gateway.addr).await;
+    let whole = post(&sender, &chat("demo")).await;
+    assert_eq!((whole.status, whole.upstream()), (200, "gpu-1"));
+    let stream = post(&sender, &chat_stream("demo")).await;
+    assert_eq!((stream.status, stream.upstream()), (200, "gpu-1"));
+    assert_eq!(stream.content(), whole.content());
+    assert_eq!(stream.events().last().map(String::as_str), Some("[DONE]"));
+    for field in ["connection", "transfer-encoding", "keep-alive"] {
+        assert_eq!(stream.header(field), None, "{field} is not for HTTP/2");
+    }
+    assert!(sim.records().iter().all(|record| record.target() == CHAT));
+    assert_eq!(sim.records().len(), 2);
+}
+
+#[tokio::test]
+async fn a_body_of_5_mb_arrives_as_it_was_sent() {
+    let sim = sim("gpu-1").await;
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    let sender = connect(gateway.addr).await;
+    let mut body = chat("demo");
+    body.truncate(body.len() - 1);
+    body.push_str(&format!(r#","user":"{}"}}"#, "u".repeat(5_000_000)));
+    assert_eq!(post(&sender, &body).await.status, 200);
+    let record = sim.records().pop().unwrap();
+    assert_eq!(record.body_len, body.len() as u64);
+    assert_eq!(
+        record.header("content-length"),
+        Some(body.len().to_string())
+    );
+    assert_eq!(record.body, body);
+}
+
+#[tokio::test]
+async fn errors_have_their_status_and_openais_shape() {
+    let sim = sim("gpu-1").await;
+    let yaml = one_group(&[&sim]).replace("\"*\"", "demo");
+    let limits = "limits: { body: 64KiB, body_timeout: 300ms }\n";
+    let gateway = Gateway::start(&format!("{limits}{yaml}")).await;
+    let sender = connect(gateway.addr).await;
+    let large = "x".repeat(3_000_000);
+    let long = format!("/{}", "a".repeat(9000));
+    let mut cases = 0;
+    for (path, fields, body, status, code) in [
+        (CHAT, vec![], "{", 400, "invalid_json"),
+        (
+            CHAT,
+            vec![],
+            r#"{"model":"demo","model":"x"}"#,
+            400,
+            "duplicate_key",
+        ),
+        (
+            CHAT,
+            vec![],
+            r#"{"model":"demo"}"#,
+            400,
+            "missing_required_parameter",
+        ),
+        (CHAT, vec![], &chat("other"), 404, "model_not_found"),
+        (
+            CHAT,
+            vec![("x-forebay-local", "maybe")],
+            &chat("demo"),
+            400,
+            "invalid_header",
+        ),
+        (
+            CHAT,
+            vec![("expect", "fly")],
+            &chat("demo"),
+            417,
+            "unknown_expectation",
+        ),
+        (CHAT, vec![], &large, 413, "body_too_large"),
+        (
+            CHAT,
+            vec![("content-length", "3000000")],
+            &large,
+            413,
+            "body_too_large",
+        ),
+        (
+            "/v1/chat/completions/",
+            vec![],
+            &chat("demo"),
+            404,
+            "unknown_url",
+        ),
+        (
+            "//v1/chat/completions",
+            vec![],
+            &chat("demo"),
+            404,
+            "unknown_url",
+        ),
+        ("/metrics", vec![], "", 404, "unknown_url"),
+        (&long, vec![], "", 414, "uri_too_long"),
+    ] {
+        let answer = ask(&sender, request(path, &fields), body.to_owned())
+            .await
+            .unwrap();
+        assert_eq!(answer.status, status, "{code}");
+        assert_eq!(answer.error_code(), code);
+        cases += 1;
+    }
+    assert_eq!(cases, 12);
+    let many: Vec<(String, String)> = (0..101)
+        .map(|i| (format!("x-{i}"), "1".to_owned()))
+        .collect();
+    let many: Vec<(&str, &str)> = many
+        .iter()
+        .map(|(name, value)| (&**name, &**value))
+        .collect();
+    let answer = ask(&sender, request(CHAT, &many), chat("demo"))
+        .await
+        .unwrap();
+    assert_eq!(
+        (answer.status, answer.error_code().as_str()),
+        (431, "header_too_large")
+    );
+    // A body that does not come.
+    let mut ready = sender.clone().ready().await.unwrap();
+    let (answer, _stream) = ready.send_request(request(CHAT, &[]), false).unwrap();
+    assert_eq!(soon("an answer", answer).await.unwrap().status(), 408);
+    assert!(sim.records().is_empty());
+    // The connection goes on.
+    assert_eq!(post(&sender, &chat("demo")).await.status, 200);
+    is_unharmed(&gateway).await;
+}
+
+#[tokio::test]
+async fn a_host_that_is_missing_or_contradicts_is_refused() {
+    let sim = sim("gpu-1").await;
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    let bare = Request::post(CHAT)
+        .version(Version::HTTP_11)
+        .body(())
+        .unwrap();
+    let sender = connect(gateway.addr).await;
+    let answer = ask(&sender, bare, chat("demo")).await.unwrap();
+    // Pingora's own, without a body.
+    assert_eq!((answer.status, answer.text()), (400, ""));
+    for host in [
+        "other.test",
+        "forebay.test:81",
+        "forebay.test, other.test",
+        "",
+    ] {
+        let sender = connect(gateway.addr).await;
+        let answer = ask(&sender, request(CHAT, &[("host", host)]), chat("demo")).await;
+        match answer {
+            Ok(answer) => assert_eq!(answer.status, 400, "{host}"),
+            Err(why) => assert!(why.is_reset() || why.is_go_away(), "{host}: {why}"),
+        }
+    }
+    assert!(sim.records().is_empty());
+    let sender = connect(gateway.addr).await;
+    let same = request(CHAT, &[("host", "forebay.test")]);
+    assert_eq!(ask(&sender, same, chat("demo")).await.unwrap().status, 200);
+    is_unharmed(&gateway).await;
+}
+
+#[tokio::test]
+async fn many_streams_share_one_connection() {
+    let sim = sim("gpu-1").await;
+    sim.fault("first_token=50ms").await.unwrap();
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    let sender = connect(gateway.addr).await;
+    let mut asking = JoinSet::new();
+    for number in 0..60 {
+        let sender = sender.clone();
+        asking.spawn(async move {
+            let body = if number % 2 == 0 {
+                chat("demo")
+            } else {
+                chat_stream("demo")
+            };
+            let id = format!("stream-{number}");
+            let answer = ask(&sender, request(CHAT, &[("x-request-id", &id)]), body)
+                .await
+                .unwrap();
+            (answer, id)
+        });
+    }
+    let mut contents = Vec::new();
+    while let Some(done) = asking.join_next().await {
+        let (answer, id) = done.unwrap();
+        assert_eq!(
+            (answer.status, answer.header("x-request-id")),
+            (200, Some(id.as_str()))
+        );
+        contents.push(answer.content());
+    }
+    assert_eq!(contents.len(), 60);
+    contents.dedup();
+    assert_eq!(contents.len(), 1);
+    assert_eq!(sim.records().len(), 60);
+    is_unharmed(&gateway).await;
+}
+
+#[tokio::test]
+async fn both_protocols_are_spoken_on_one_port() {
+    let sim = sim("gpu-1").await;
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    let addr = gateway.addr;
+    let mut asking = JoinSet::new();
+    for number in 0..20 {
+        asking.spawn(async move {
+            if number % 2 == 0 {
+                post_chat(addr, &chat("demo")).await.status
+            } else {
+                post(&connect(addr).await, &chat("demo")).await.status
+            }
+        });
+    }
+    while let Some(status) = asking.join_next().await {
+        assert_eq!(status.unwrap(), 200);
+    }
+    assert_eq!(sim.records().len(), 20);
+}
+
+#[tokio::test]
+async fn a_connection_outlives_the_time_of_a_header() {
+    let sim = sim("gpu-1").await;
+    sim.fault("first_token=700ms").await.unwrap();
+    let limits = "limits: { header_timeout: 200ms }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    let sender = connect(gateway.addr).await;
+    assert_eq!(post(&sender, &chat("demo")).await.status, 200);
+    assert_eq!(post(&sender, &chat("demo")).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_reset_stream_leaves_nothing_behind() {
+    let sim = sim("gpu-1").await;
+    sim.fault("hang").await.unwrap();
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    let sender = connect(gateway.addr).await;
+    // Inside the body.
+    let mut ready = sender.clone().ready().await.unwrap();
+    let (_answer, mut stream) = ready.send_request(request(CHAT, &[]), false).unwrap();
+    stream.send_data(Bytes::from_static(b"{"), false).unwrap();
+    gateway.metric_becomes(IN_FLIGHT, 1.0).await;
+    stream.send_reset(Reason::CANCEL);
+    gateway.metric_becomes(IN_FLIGHT, 0.0).await;
+    assert!(sim.records().is_empty());
+    // While an upstream thinks: its connection is closed.
+    for body in [chat("demo"), chat_stream("demo")] {
+        let mut ready = sender.clone().ready().await.unwrap();
+        let (_answer, mut stream) = ready.send_request(request(CHAT, &[]), false).unwrap();
+        stream.send_data(Bytes::from(body), true).unwrap();
+        gateway.metric_becomes(IN_FLIGHT, 1.0).await;
+        sim.wait_for_connections(crate::support::DEADLINE, |now| now.open == 1)
+            .await
+            .unwrap();
+        stream.send_reset(Reason::CANCEL);
+        sim.wait_for_connections(crate::support::DEADLINE, |now| now.open == 0)
+            .await
+            .unwrap();
+        gateway.metric_becomes(IN_FLIGHT, 0.0).await;
+    }
+    sim.clear_faults().await;
+    assert_eq!(post(&sender, &chat("demo")).await.status, 200);
+    is_unharmed(&gateway).await;
+}
+
+#[tokio::test]
+async fn rapid_resets_are_survived() {
+    let sim = sim("gpu-1").await;
+    sim.fault("hang").await.unwrap();
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    let mut sender = connect(gateway.addr).await;
+    let mut reset = 0;
+    while reset < 1000 {
+        // A connection that resets too much is turned away; the attacker comes
+        // again.
+        let Ok(mut ready) = soon("room", sender.clone().ready()).await else {
+            sender = connect(gateway.addr).await;
+            continue;
+        };
+        let Ok((_answer, mut stream)) = ready.send_request(request(CHAT, &[]), false) else {
+            sender = connect(gateway.addr).await;
+            continue;
+        };
+        stream.send_data(Bytes::from(chat("demo")), true).ok();
+        stream.send_reset(Reason::CANCEL);
+        reset += 1;
+        tokio::task::yield_now().await;
+    }
+    sim.clear_faults().await;
+    is_unharmed(&gateway).await;
+}
+
+/// A frame of HTTP/2: RFC 9113 §4.1.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// A header block of literal fields, neither indexed nor compressed: RFC 7541
+/// §6.2.2.
+fn block(fields: &[(&[u8], &[u8])]) -> Vec<u8> {
+    let mut block = Vec::new();
+    for (name, value) in fields {
+        block.push(0);
+        for text in [name, value] {
+            assert!(text.len() < 127);
+            block.push(u8::try_from(text.len()).unwrap());
+            block.extend_from_slice(text);
+        }
+    }
+    block
+}
+
+/// How a server may refuse.
+#[derive(Debug, PartialEq)]
+enum Refusal {
+    Reset,
+    GoAway,
+    Closed,
+    /// The first byte of the header block: an indexed `:status`.
+    Answered(u8),
+}
+
+/// Sends frames after a preface, and reads what becomes of stream 1.
+async fn refusal(addr: SocketAddr, frames: &[u8]) -> Refusal {
+    let mut stream = TcpStream::connect(addr).await.unwrap();
+    let start = [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(),
+        &frame(4, 0, 0, &[]),
+        frames,
+    ]
+    .concat();
+    stream.write_all(&start).await.unwrap();
+    let reading = async {
+        loop {
+            let mut head = [0; 9];
+            if stream.read_exact(&mut head).await.is_err() {
+                return Refusal::Closed;
+            }
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; length as usize];
+            if stream.read_exact(&mut payload).await.is_err() {
+                return Refusal::Closed;
+            }
+            match head[3] {
+                1 => return Refusal::Answered(payload[0]),
+                3 => return Refusal::Reset,
+                7 => return Refusal::GoAway,
+                _ => {}
+            }
+        }
+    };
+    soon("a refusal", reading).await
+}
+
+#[tokio::test]
+async fn a_header_that_http_2_forbids_is_refused() {
+    let sim = sim("gpu-1").await;
+    let limits = "limits: { body_timeout: 500ms }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    let body = chat("demo");
+    let good: [(&[u8], &[u8]); 4] = [
+        (b":method", b"POST"),
+        (b":scheme", b"http"),
+        (b":path", CHAT.as_bytes()),
+        (b":authority", b"a"),
+    ];
+    let send = |fields: &[(&[u8], &[u8])]| {
+        [
+            frame(1, 4, 1, &block(fields)),
+            frame(0, 1, 1, body.as_bytes()),
+        ]
+        .concat()
+    };
+    // The frames themselves are sound: 0x88 is `:status: 200`.
+    assert_eq!(
+        refusal(gateway.addr, &send(&good)).await,
+        Refusal::Answered(0x88)
+    );
+    sim.clear_records();
+    let more: [(&[u8], &[u8]); 22] = [
+        (b"X-Upper", b"1"),
+        (b"connection", b"keep-alive"),
+        (b"keep-alive", b"timeout=5"),
+        (b"proxy-connection", b"keep-alive"),
+        (b"transfer-encoding", b"chunked"),
+        (b"upgrade", b"websocket"),
+        (b"te", b"gzip"),
+        (b"x y", b"1"),
+        (b"x:y", b"1"),
+        (b"x\r\nhidden", b"1"),
+        (b"x", b"a\r\nhidden: 1"),
+        (b"x", b"a\nhidden: 1"),
+        (b"x", b"a\0b"),
+        (b"x\0", b"1"),
+        (b"", b"1"),
+        (b":unknown", b"1"),
+        (b":status", b"200"),
+        (b":path", b"/v1/models"),
+        (b":method", b"GET"),
+        (b":authority", b"b"),
+        (b"content-length", b"5"),
+        (b"content-length", b"+63"),
+    ];
+    let mut cases = 0;
+    let mut check = async |what: String, frames: Vec<u8>| {
+        let how = refusal(gateway.addr, &frames).await;
+        // 0x8c is 400, 0x8d 404; 0x48 begins a `:status` that has no index.
+        let refused =
+            !matches!(how, Refusal::Answered(byte) if !matches!(byte, 0x8c | 0x8d | 0x48));
+        assert!(refused, "{what}: {how:?}");
+        assert!(sim.records().is_empty(), "{what}: {how:?}");
+        cases += 1;
+    };
+    for field in more {
+        let what = format!(
+            "{:?}",
+            (
+                String::from_utf8_lossy(field.0),
+                String::from_utf8_lossy(field.1)
+            )
+        );
+        let fields: Vec<_> = good.iter().copied().chain([field]).collect();
+        check(what, send(&fields)).await;
+    }
+    for path in [
+        b"".as_slice(),
+        b"*",
+        b"v1/models",
+        b"/v1/chat/completions HTTP/1.1",
+        b"/v1/chat/completions\r\nx: y",
+        b"http://a/v1/chat/completions",
+    ] {
+        let mut fields = good;
+        fields[2].1 = path;
+        check(String::from_utf8_lossy(path).into_owned(), send(&fields)).await;
+    }
+    for method in [b"CONNECT".as_slice(), b"", b"PO ST", b"POST\r\n", b"TRACE"] {
+        let mut fields = good;
+        fields[0].1 = method;
+        check(String::from_utf8_lossy(method).into_owned(), send(&fields)).await;
+    }
+    for authority in [b"user@a".as_slice(), b"a b", b"a\r\nb", b"a/b", b"a:b"] {
+        let mut fields = good;
+        fields[3].1 = authority;
+        check(
+            String::from_utf8_lossy(authority).into_owned(),
+            send(&fields),
+        )
+        .await;
+    }
+    for left_out in 0..4 {
+        let mut fields = good.to_vec();
+        let (name, _) = fields.remove(left_out);
+        check(
+            format!("without {}", String::from_utf8_lossy(name)),
+            send(&fields),
+        )
+        .await;
+    }
+    let late = [
+        good[0],
+        good[1],
+        good[2],
+        (b"x".as_slice(), b"1".as_slice()),
+        good[3],
+    ];
+    check("a pseudo header behind a header".to_owned(), send(&late)).await;
+    check(
+        "DATA without HEADERS".to_owned(),
+        frame(0, 1, 1, body.as_bytes()),
+    )
+    .await;
+    check("an even stream".to_owned(), frame(1, 5, 2, &block(&good))).await;
+    check(
+        "CONTINUATION without HEADERS".to_owned(),
+        frame(9, 4, 1, &block(&good)),
+    )
+    .await;
+    check(
+        "a frame larger than allowed".to_owned(),
+        frame(0, 1, 1, &[b'x'; 70_000]),
+    )
+    .await;
+    assert_eq!(cases, 47);
+    is_unharmed(&gateway).await;
+}
+
+#[tokio::test]
+async fn a_client_that_only_says_hello_harms_nobody() {
+    let sim = sim("gpu-1").await;
+    let limits = "limits: { header_timeout: 300ms }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    let mut half = TcpStream::connect(gateway.addr).await.unwrap();
+    half.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r").await.unwrap();
+    let mut rest = Vec::new();
+    soon("the end", half.read_to_end(&mut rest)).await.ok();
+    assert!(rest.is_empty());
+    let mut garbage = TcpStream::connect(gateway.addr).await.unwrap();
+    garbage
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nnot a frame at all, nor anything like it")
+        .await
+        .unwrap();
+    soon("the end", garbage.read_to_end(&mut rest)).await.ok();
+    is_unharmed(&gateway).await;
+}

@@ -1,0 +1,174 @@
+//! An upstream that answers with exactly the bytes a test gives it: what the
+//! simulator, which speaks HTTP, has no knob for.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use pingora::tls::{
+    ServerConfig, TlsAcceptor, install_default_crypto_provider, load_certs_and_key_files,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpListener,
+    task::{JoinHandle, JoinSet},
+};
+
+/// A running scripted upstream; closed when it is dropped.
+pub struct Scripted {
+    pub addr: SocketAddr,
+    requests: Arc<Mutex<Vec<Request>>>,
+    task: JoinHandle<()>,
+}
+
+/// A request as it came.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The number of its connection, from 1.
+    pub connection: u64,
+    /// Up to and with the empty line.
+    pub head: String,
+    pub body: Vec<u8>,
+}
+
+impl Scripted {
+    /// Answers every request with these bytes and keeps the connection open.
+    pub async fn always(answer: impl Into<Vec<u8>>) -> Self {
+        Self::start(answer.into(), None).await
+    }
+
+    /// The same over TLS, with a certificate of [`tls_file`]: `server` or
+    /// `elsewhere`.
+    pub async fn over_tls(certificate: &str, answer: impl Into<Vec<u8>>) -> Self {
+        install_default_crypto_provider();
+        let file = |end: &str| tls_file(&format!("{certificate}.{end}"));
+        let (certificates, key) = load_certs_and_key_files(&file("pem"), &file("key"))
+            .unwrap()
+            .unwrap();
+        let config = ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(certificates, key)
+            .unwrap();
+        Self::start(answer.into(), Some(Arc::new(config).into())).await
+    }
+
+    async fn start(answer: Vec<u8>, tls: Option<TlsAcceptor>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&requests);
+        let task = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            for number in 1.. {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (answer, seen, tls) = (answer.clone(), Arc::clone(&seen), tls.clone());
+                connections.spawn(async move {
+                    match tls {
+                        None => serve(stream, number, &answer, &seen).await,
+                        // A client that does not trust us ends the handshake.
+                        Some(tls) => match tls.accept(stream).await {
+                            Ok(stream) => serve(stream, number, &answer, &seen).await,
+                            Err(_) => None,
+                        },
+                    }
+                });
+            }
+        });
+        Self {
+            addr,
+            requests,
+            task,
+        }
+    }
+
+    /// Its base URL.
+    pub fn url(&self) -> String {
+        format!("http://{}/v1", self.addr)
+    }
+
+    /// How often it was asked.
+    pub fn asked(&self) -> usize {
+        self.requests.lock().unwrap().len()
+    }
+
+    /// What it was asked, oldest first.
+    pub fn requests(&self) -> Vec<Request> {
+        self.requests.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A file of the tests' own authority, `authority.pem`, which signed `server`
+/// (for 127.0.0.1 and localhost) and `elsewhere` (for elsewhere.test), each a
+/// `.pem` and a `.key`, for a hundred years. They protect nothing.
+pub fn tls_file(name: &str) -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/tls");
+    folder.join(name).to_str().unwrap().to_owned()
+}
+
+/// The bytes of an answer with a length.
+pub fn answer(status: u16, headers: &[(&str, &str)], body: &str) -> Vec<u8> {
+    let mut answer = format!("HTTP/1.1 {status} Whatever\r\n");
+    for (name, value) in headers {
+        answer.push_str(&format!("{name}: {value}\r\n"));
+    }
+    answer.push_str(&format!("content-length: {}\r\n\r\n{body}", body.len()));
+    answer.into_bytes()
+}
+
+/// The same with JSON in it.
+pub fn json(status: u16, body: &str) -> Vec<u8> {
+    answer(status, &[("content-type", "application/json")], body)
+}
+
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    connection: u64,
+    answer: &[u8],
+    seen: &Mutex<Vec<Request>>,
+) -> Option<()> {
+    let mut read = Vec::new();
+    loop {
+        let end = loop {
+            match read.windows(4).position(|four| four == b"\r\n\r\n") {
+                Some(at) => break at + 4,
+                None => more(&mut stream, &mut read).await?,
+            }
+        };
+        let head: Vec<u8> = read.drain(..end).collect();
+        let head = String::from_utf8(head).unwrap();
+        let length = head
+            .lines()
+            .find_map(|line| line.strip_prefix("content-length: "))
+            .map_or(0, |length| length.parse().unwrap());
+        while read.len() < length {
+            more(&mut stream, &mut read).await?;
+        }
+        let body = read.drain(..length).collect();
+        seen.lock().unwrap().push(Request {
+            connection,
+            head,
+            body,
+        });
+        stream.write_all(answer).await.ok()?;
+        stream.flush().await.ok()?;
+    }
+}
+
+async fn more<S: AsyncRead + Unpin>(stream: &mut S, read: &mut Vec<u8>) -> Option<()> {
+    let mut piece = [0; 16 * 1024];
+    match stream.read(&mut piece).await {
+        Ok(0) | Err(_) => None,
+        Ok(count) => {
+            read.extend_from_slice(&piece[..count]);
+            Some(())
+        }
+    }
+}
