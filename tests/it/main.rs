@@ -15,11 +15,15 @@
 mod support;
 
 mod auth;
+mod bad_input;
 mod cli;
 mod endpoints;
 mod floors;
+mod h2c;
 mod leaving;
+mod local;
 mod observability;
 mod reload;
 mod smoke;
+mod smuggling;
 mod streaming;
