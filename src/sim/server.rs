@@ -8,7 +8,7 @@
 use std::{
     collections::HashMap,
     io,
-    net::SocketAddr,
+    net::{Shutdown, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpSocket},
     sync::{Notify, Semaphore, SemaphorePermit},
@@ -342,7 +343,18 @@ fn socket(addr: SocketAddr) -> io::Result<TcpSocket> {
     Ok(socket)
 }
 
+/// A listener that refuses from the moment it is dropped, even while a process
+/// that is just being forked elsewhere in this one still holds its socket.
+struct Refusing(TcpListener);
+
+impl Drop for Refusing {
+    fn drop(&mut self) {
+        SockRef::from(&self.0).shutdown(Shutdown::Both).ok();
+    }
+}
+
 async fn accept(shared: Arc<Shared>, listener: TcpListener) {
+    let Refusing(listener) = &Refusing(listener);
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
