@@ -161,7 +161,9 @@ impl BackgroundService for Resolver {
         let live = || -> Vec<_> {
             let snapshot = self.0.snapshot();
             let upstreams = snapshot.upstreams();
-            upstreams.map(|(_, upstream)| Arc::clone(upstream)).collect()
+            upstreams
+                .map(|(_, upstream)| Arc::clone(upstream))
+                .collect()
         };
         resolve::prime(&live()).await;
         resolve::run(live, shutdown).await;

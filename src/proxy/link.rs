@@ -74,7 +74,9 @@ pub(super) async fn connect(
     if let Some(stream) = connector.reused_stream(peer).await {
         return Ok((stream, true));
     }
-    connect_anew(connector, peer).await.map(|stream| (stream, false))
+    connect_anew(connector, peer)
+        .await
+        .map(|stream| (stream, false))
 }
 
 /// Makes a connection, never a pooled one.

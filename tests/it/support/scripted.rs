@@ -163,12 +163,5 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 async fn more<S: AsyncRead + Unpin>(stream: &mut S, read: &mut Vec<u8>) -> Option<()> {
-    let mut piece = [0; 16 * 1024];
-    match stream.read(&mut piece).await {
-        Ok(0) | Err(_) => None,
-        Ok(count) => {
-            read.extend_from_slice(&piece[..count]);
-            Some(())
-        }
-    }
+    matches!(stream.read_buf(read).await, Ok(1..)).then_some(())
 }
