@@ -112,7 +112,9 @@ impl Snapshot {
                     route_chains,
                     loaded,
                 };
-                let warnings = snapshot.warnings();
+                let mut warnings = snapshot.warnings();
+                // What is loaded may come from a snapshot, with its warnings.
+                warnings.retain(|warning| !snapshot.loaded.warnings.contains(warning));
                 snapshot.loaded.warnings.extend(warnings);
                 Ok(snapshot)
             }

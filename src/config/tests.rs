@@ -118,6 +118,28 @@ fn every_example_loads_and_says_what_it_shows() {
 }
 
 #[test]
+fn what_the_readme_and_the_documents_print_loads() {
+    let mut found = 0;
+    for file in ["README.md", "docs/keys.md"] {
+        let text = fs::read_to_string(folder(file)).unwrap();
+        let fenced = text
+            .split("```yaml\n")
+            .skip(1)
+            .filter_map(|rest| rest.split("```").next());
+        // Lists of keys are the auth plugin's to read.
+        for yaml in fenced.filter(|yaml| !yaml.starts_with("keys:")) {
+            let whole = match yaml.contains("routes:") {
+                true => yaml.to_owned(),
+                false => format!("{yaml}{RIGHT}"),
+            };
+            read(&whole).unwrap_or_else(|problems| panic!("{file}: {problems}"));
+            found += 1;
+        }
+    }
+    assert_eq!(found, 2);
+}
+
+#[test]
 fn the_reference_file_shows_the_defaults() {
     let loaded = load(&folder("conf/forebay.yaml"), &example()).unwrap();
     assert_eq!(loaded.warnings, []);

@@ -214,11 +214,21 @@ impl log::Log for Front {
         if !self.enabled(record.metadata()) {
             return;
         }
-        if !is_noise(record) {
+        if !record.target().starts_with("pingora") {
             self.lines.log(record);
-        } else if self.rules.allow(record.target(), Level::Debug) {
+            return;
+        }
+        let text = record.args().to_string();
+        let level = if is_noise(&text) {
+            Level::Debug
+        } else {
+            record.level()
+        };
+        if self.rules.allow(record.target(), level) {
+            let said = without_raw_bytes(&text);
+            let mut record = record.to_builder();
             self.lines
-                .log(&record.to_builder().level(Level::Debug).build());
+                .log(&record.level(level).args(format_args!("{said}")).build());
         }
     }
 
@@ -278,11 +288,14 @@ fn filter(level: LogLevel) -> LevelFilter {
     }
 }
 
-fn is_noise(record: &Record<'_>) -> bool {
-    record.target().starts_with("pingora") && {
-        let text = record.args().to_string();
-        NOISE.iter().any(|noise| text.starts_with(noise))
-    }
+fn is_noise(text: &str) -> bool {
+    NOISE.iter().any(|noise| text.starts_with(noise))
+}
+
+/// Returns what Pingora says up to a header that it could not parse: it shows
+/// the bytes as they came, with the key in them.
+fn without_raw_bytes(text: &str) -> &str {
+    text.split_once(" buf: ").map_or(text, |(said, _)| said)
 }
 
 #[cfg(test)]
@@ -418,7 +431,8 @@ mod tests {
             Box::new(screen.clone()),
         )
         .unwrap();
-        let noise = "HTTP server fails to read from downstream: InvalidHTTPHeader";
+        let noise = "HTTP server fails to read from downstream: InvalidHTTPHeader \
+                     context: buf: \"GET / HTTP/1.1\\r\\nAuthorization: Bearer fb_x\"";
         say(&front, "pingora_core::apps::http_app", Level::Error, noise);
         assert!(handle.flush());
         assert_eq!(screen.text(), "");
@@ -427,6 +441,7 @@ mod tests {
         drop(handle);
         let text = screen.text();
         assert!(text.contains(" DEBUG pingora_core"), "{text}");
+        assert!(!text.contains("fb_x"), "{text}");
     }
 
     #[test]

@@ -35,6 +35,25 @@ const TOKENS_MAX: u64 = 10_000_000;
 /// Keys by which other gateways let a client choose where a request goes.
 const STEERING: [&str; 4] = ["api_base", "base_url", "api_key", "custom_llm_provider"];
 
+/// The keys that are read here. Some readers (Go's, and so Ollama) take any
+/// other spelling of one for it: `{"model":"a","MODEL":"b"}` asks them for b.
+const READ: [&str; 14] = [
+    "model",
+    "stream",
+    "stream_options",
+    "n",
+    "best_of",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "stop",
+    "messages",
+    "prompt",
+    "input",
+    "query",
+    "documents",
+];
+
 /// The keys by which a client bounds the answer.
 const TOKEN_KEYS: [&str; 3] = ["max_completion_tokens", "max_tokens", "max_output_tokens"];
 
@@ -123,6 +142,7 @@ impl ApiRequest {
                 .param(key));
             }
         }
+        body.check_spelling()?;
         let model = body.model()?;
         let stream = body.flag("stream")?.unwrap_or(false);
         if stream && !endpoint.streams() {
@@ -392,6 +412,23 @@ impl<'a> Body<'a> {
         })
     }
 
+    /// Refuses a key that is one of [`READ`] but for upper and lower case.
+    fn check_spelling(&self) -> Result<()> {
+        let plain = |byte: &u8| byte.is_ascii_lowercase() || *byte == b'_';
+        for member in &self.object.members {
+            let name = member.name(self.raw);
+            // Upper case in the way of Unicode: \u{17f} is an s, \u{212a} a k.
+            if name.len() > 64 || name.iter().all(plain) {
+                continue;
+            }
+            let folded = String::from_utf8_lossy(name).to_uppercase().to_lowercase();
+            if let Some(key) = READ.into_iter().find(|key| *key == folded) {
+                return Err(wrong(key, "must be spelled in lower case"));
+            }
+        }
+        Ok(())
+    }
+
     fn model(&self) -> Result<String> {
         let (_, value) = self.required("model")?;
         let Some(model) = json::text(value) else {
@@ -611,6 +648,21 @@ mod tests {
         let body =
             format!(r#"{{"model":"m","messages":[{{"role":"user","content":"hi"}}]{more}}}"#);
         parse(Endpoint::ChatCompletions, body).unwrap()
+    }
+
+    #[test]
+    fn a_key_that_other_readers_take_for_ours_is_refused() {
+        for (more, param) in [
+            (r#","MODEL":"other""#, "model"),
+            (r#","Max_Tokens":100000"#, "max_tokens"),
+            (r#","\u017ftream":true"#, "stream"),
+            (r#","max_to\u212aens":100000"#, "max_tokens"),
+        ] {
+            let body = format!(r#"{{"model":"m","messages":[{{"Model":1}}]{more}}}"#);
+            let (code, at, _) = refusal(Endpoint::ChatCompletions, &body);
+            assert_eq!((&*code, &*at), ("invalid_value", param), "{body}");
+        }
+        assert_eq!(chat(r#","Modell":"x","top_K":1,"x-Model":2"#).model, "m");
     }
 
     /// What a client is told: code, param and message.

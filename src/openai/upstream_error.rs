@@ -40,13 +40,11 @@ const QUOTA_CODES: [&str; 10] = [
 ];
 
 /// Words of messages that say the same, where vendors have no code for it.
-const QUOTA_WORDS: [&str; 5] = [
-    "credit balance is too low",
-    "insufficient balance",
-    "perday",
-    "per day",
-    "daily limit",
-];
+const QUOTA_WORDS: [&str; 2] = ["credit balance is too low", "insufficient balance"];
+
+/// Words of messages about a limit that lasts. Too common to be looked for in a
+/// message about a bad request, which repeats what the client wrote.
+const DAILY_WORDS: [&str; 3] = ["perday", "per day", "daily limit"];
 
 /// An error as an upstream wrote it. Not for clients' eyes before
 /// [`into_client_error`](Self::into_client_error).
@@ -98,15 +96,24 @@ impl UpstreamError {
     /// Says whether the account behind the upstream is out of money or out of
     /// its quota for long, so that waiting a minute does not help.
     pub fn hard_quota(&self) -> bool {
+        self.out_of_money() || self.says(&DAILY_WORDS)
+    }
+
+    /// Says whether the account behind the upstream is out of money: all that is
+    /// looked for where the status says that the request is at fault.
+    pub fn out_of_money(&self) -> bool {
         let named = [&self.code, &self.kind]
             .into_iter()
             .flatten()
             .any(|word| QUOTA_CODES.contains(&word.as_str()));
-        named
-            || self.message.as_ref().is_some_and(|message| {
-                let message = message.to_ascii_lowercase();
-                QUOTA_WORDS.iter().any(|words| message.contains(words))
-            })
+        named || self.says(&QUOTA_WORDS)
+    }
+
+    fn says(&self, any: &[&str]) -> bool {
+        self.message.as_ref().is_some_and(|message| {
+            let message = message.to_ascii_lowercase();
+            any.iter().any(|words| message.contains(words))
+        })
     }
 
     /// Says whether the upstream does not have the model, which another may.

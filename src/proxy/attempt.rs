@@ -36,6 +36,10 @@ const ERROR_BODY_MAX: usize = 64 * 1024;
 /// How long an upstream has to send that body.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How many addresses of one name a try goes to: each that nobody answers at
+/// costs the whole connect timeout.
+const ADDRESSES_MAX: usize = 4;
+
 /// What came of a try.
 pub(super) enum Tried {
     /// The client has the answer, or was told that it broke off.
@@ -128,6 +132,7 @@ impl Attempt<'_> {
         hide_usage: bool,
     ) -> Result<Result<Answering, Failure>, Left> {
         let mut stale = false;
+        let mut refused = 0;
         loop {
             let peer = match self.peer(client).await? {
                 Ok(peer) => peer,
@@ -144,8 +149,11 @@ impl Attempt<'_> {
             let (stream, reused) = match client.wait(self.deadline, connecting).await? {
                 Waited::Done(Ok(connected)) => connected,
                 // A name may have several addresses; the next is tried at once.
-                Waited::Done(Err(_)) if self.upstream.not_sent(&peer, Instant::now()) => continue,
                 Waited::Done(Err(why)) => {
+                    refused += 1;
+                    if self.upstream.not_sent(&peer, Instant::now()) && refused < ADDRESSES_MAX {
+                        continue;
+                    }
                     return Ok(Err(Failure::new(Verdict::NotSent, why.to_string())));
                 }
                 Waited::TooLate => {

@@ -16,6 +16,7 @@ use http::{HeaderValue, StatusCode, Version, header};
 use pingora::{http::ResponseHeader, proxy::Session};
 use tokio::time::{sleep_until, timeout};
 
+use super::io;
 use crate::plugins::ResponseHead;
 
 /// What an SSE stream says to keep a connection from looking dead; comments
@@ -195,16 +196,26 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Ends the connection without ending the answer: for a client that does
-    /// not read, or an answer that must not look complete.
+    /// [`cut`]s the client off.
     pub(super) async fn abort(&mut self) {
-        self.session.set_keepalive(None);
-        self.session.shutdown().await;
+        cut(self.session).await;
     }
 
     fn to_wire(&self, head: ResponseHead, length: Option<usize>) -> ResponseHeader {
         to_wire(self.session.req_header().version, head, length)
     }
+}
+
+/// Ends the connection (of HTTP/2: the stream) without ending the answer: for a
+/// client that does not read, or an answer that must not look complete. Waits
+/// for nothing, and neither does Pingora after it.
+pub(super) async fn cut(session: &mut Session) {
+    session.set_keepalive(None);
+    if let Some(guarded) = session.stream().and_then(io::guarded) {
+        guarded.cut();
+        return;
+    }
+    session.shutdown().await;
 }
 
 /// Builds the head for the wire, framed as the client's HTTP version wants it.

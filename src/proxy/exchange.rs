@@ -43,6 +43,8 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(8);
 /// How long a request waits for a slot in a group before it goes on to the next.
 const SPILL_AFTER: Duration = Duration::from_secs(2);
+/// How often a request that waits for a slot looks although none was freed.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// What `Retry-After` says when no upstream said anything better.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -262,7 +264,16 @@ impl<'a> Exchange<'a> {
             self.deadline.min(Instant::now() + SPILL_AFTER)
         };
         loop {
-            let freed = step.group.upstreams.iter().map(|upstream| {
+            // One waiter is woken for each slot: who cannot use it must not be
+            // the one.
+            let useful = step.group.upstreams.iter().filter(|upstream| {
+                let tried = self.tried.iter().any(|tried| Arc::ptr_eq(tried, upstream));
+                match &plan.pin {
+                    Some(pin) => Arc::ptr_eq(pin, upstream),
+                    None => !tried && upstream.serves(&step.model),
+                }
+            });
+            let freed = useful.map(|upstream| {
                 // Registered before the next look: a slot that is freed in
                 // between is seen.
                 let mut freed = Box::pin(upstream.freed());
@@ -273,7 +284,10 @@ impl<'a> Exchange<'a> {
             if let Some(sought) = self.look(plan, step) {
                 return Ok(sought);
             }
-            if let Waited::TooLate = client.wait(patience, freed).await? {
+            // Nobody is woken when an upstream's pause is over.
+            let until = patience.min(Instant::now() + LOOK_AGAIN);
+            let waited = client.wait(until, freed).await?;
+            if matches!(waited, Waited::TooLate) && Instant::now() >= patience {
                 self.metrics.limits.with_label_values(&["concurrent"]).inc();
                 return Ok(Sought::Busy);
             }

@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -24,8 +24,12 @@ use pingora::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
-    time::{Instant, Sleep},
+    time::{Instant, Sleep, timeout},
 };
+
+/// How long a new connection may say nothing. Pingora gives its own first read
+/// as much, but none to the peek that comes before it.
+const FIRST_BYTES: Duration = Duration::from_secs(60);
 
 /// Everything of Pingora's `IO` but reading and peeking is the wrapped stream's.
 macro_rules! forward_to_stream {
@@ -36,6 +40,7 @@ macro_rules! forward_to_stream {
                 cx: &mut Context<'_>,
                 bytes: &[u8],
             ) -> Poll<io::Result<usize>> {
+                self.check_uncut()?;
                 Pin::new(&mut self.stream).poll_write(cx, bytes)
             }
 
@@ -44,6 +49,7 @@ macro_rules! forward_to_stream {
                 cx: &mut Context<'_>,
                 slices: &[io::IoSlice<'_>],
             ) -> Poll<io::Result<usize>> {
+                self.check_uncut()?;
                 Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
             }
 
@@ -52,6 +58,7 @@ macro_rules! forward_to_stream {
             }
 
             fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+                self.check_uncut()?;
                 Pin::new(&mut self.stream).poll_flush(cx)
             }
 
@@ -59,6 +66,7 @@ macro_rules! forward_to_stream {
                 mut self: Pin<&mut Self>,
                 cx: &mut Context<'_>,
             ) -> Poll<io::Result<()>> {
+                self.check_uncut()?;
                 Pin::new(&mut self.stream).poll_shutdown(cx)
             }
         }
@@ -66,7 +74,9 @@ macro_rules! forward_to_stream {
         #[async_trait]
         impl Shutdown for $type {
             async fn shutdown(&mut self) {
-                self.stream.shutdown().await;
+                if self.check_uncut().is_ok() {
+                    self.stream.shutdown().await;
+                }
             }
         }
 
@@ -117,6 +127,11 @@ impl Prefixed {
     /// Puts `first` before what `stream` still has.
     pub(super) fn new(first: Bytes, stream: Stream) -> Self {
         Self { first, stream }
+    }
+
+    /// Only a [`Guarded`] can be cut.
+    const fn check_uncut(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -173,6 +188,7 @@ pub(super) struct Guarded {
     first: BytesMut,
     stream: Stream,
     phase: Phase,
+    cut: AtomicBool,
     allowed: Duration,
     clock: Option<Pin<Box<Sleep>>>,
 }
@@ -184,6 +200,7 @@ impl Guarded {
             first: BytesMut::new(),
             stream,
             phase: Phase::default(),
+            cut: AtomicBool::new(false),
             allowed,
             clock: None,
         }
@@ -197,6 +214,20 @@ impl Guarded {
     /// Arms the clock: what comes now is the next header.
     pub(super) fn request_is_over(&self) {
         self.phase.set(Phase::NEXT);
+    }
+
+    /// Lets every further write, flush and shutdown fail at once. Each of them
+    /// first waits until what is buffered has gone out, which it never does to a
+    /// client that does not read.
+    pub(super) fn cut(&self) {
+        self.cut.store(true, Ordering::Relaxed);
+    }
+
+    fn check_uncut(&self) -> io::Result<()> {
+        if self.cut.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(())
     }
 
     /// Passes on what the stream reads, and an error once the time is up.
@@ -259,7 +290,7 @@ impl Peek for Guarded {
         while seen.len() < wanted.len() && PREFACE.starts_with(&seen) {
             let room = wanted.len() - seen.len();
             let mut piece = vec![0; room];
-            let read = self.read(&mut piece).await?;
+            let read = timeout(FIRST_BYTES, self.read(&mut piece)).await??;
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -291,4 +322,23 @@ fn give_back(first: &mut impl Buf, buffer: &mut ReadBuf<'_>) {
 pub(super) fn guarded(stream: &Stream) -> Option<&Guarded> {
     let any: &dyn Any = stream.as_any();
     any.downcast_ref()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_that_was_cut_waits_for_no_reader() {
+        let (near, _nobody_reads) = tokio::io::duplex(4);
+        let mut stream = Guarded::new(Box::new(near), Duration::from_secs(10));
+        stream.write_all(b"full").await.unwrap();
+        stream.cut();
+        let more = timeout(Duration::from_secs(5), stream.write_all(b"x")).await;
+        more.unwrap().unwrap_err();
+        stream.flush().await.unwrap_err();
+        AsyncWriteExt::shutdown(&mut stream).await.unwrap_err();
+    }
 }

@@ -31,10 +31,14 @@ use pingora::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Sleep, sleep},
+    time::{Sleep, sleep, timeout},
 };
 
 use super::io::Prefixed;
+
+/// How long closing in good order may take: it waits until what is buffered has
+/// gone out, which it never does to an upstream that does not read.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A request as it goes on the wire: head and body. Cheap to clone; the same
 /// for every connection that an attempt may need.
@@ -187,18 +191,19 @@ impl Link {
     /// and it may be used again; closes it otherwise.
     pub(super) async fn release(mut self, connector: &TransportConnector, peer: &HttpPeer) {
         if !self.reusable {
-            self.session.shutdown().await;
-            return;
+            return self.close().await;
         }
         self.session.respect_keepalive();
-        if let Some(stream) = self.session.reuse().await {
+        // It closes what cannot be used again.
+        if let Ok(Some(stream)) = timeout(CLOSE_TIMEOUT, self.session.reuse()).await {
             connector.release_stream(stream, peer.reuse_hash(), peer.idle_timeout());
         }
     }
 
     /// Closes the connection at once: the upstream stops working.
     pub(super) async fn close(mut self) {
-        self.session.shutdown().await;
+        // Late is no error: dropping the session closes the connection too.
+        timeout(CLOSE_TIMEOUT, self.session.shutdown()).await.ok();
     }
 }
 
@@ -247,23 +252,33 @@ async fn write(stream: &mut Stream, request: WireRequest, stall: Duration) -> io
                     stalled = None;
                 }
                 Poll::Ready(Err(why)) => return Poll::Ready(Err(why)),
-                Poll::Pending => {
-                    if let Poll::Ready(answered) = poll_early_answer(stream, cx) {
-                        return Poll::Ready(answered);
-                    }
-                    let clock = stalled.get_or_insert_with(|| Box::pin(sleep(stall)));
-                    return clock
-                        .as_mut()
-                        .poll(cx)
-                        .map(|()| Err(io::ErrorKind::TimedOut.into()));
-                }
+                Poll::Pending => return poll_stalled(stream, cx, &mut stalled, stall),
             }
         }
-        Pin::new(&mut *stream)
-            .poll_flush(cx)
-            .map_ok(|()| Written::Whole)
+        // The last small piece may be in Pingora's buffer still.
+        match Pin::new(&mut *stream).poll_flush(cx) {
+            Poll::Ready(flushed) => Poll::Ready(flushed.map(|()| Written::Whole)),
+            Poll::Pending => poll_stalled(stream, cx, &mut stalled, stall),
+        }
     })
     .await
+}
+
+/// Listens while the upstream takes no more, for as long as it may.
+fn poll_stalled(
+    stream: &mut Stream,
+    cx: &mut Context<'_>,
+    stalled: &mut Option<Pin<Box<Sleep>>>,
+    stall: Duration,
+) -> Poll<io::Result<Written>> {
+    if let Poll::Ready(answered) = poll_early_answer(stream, cx) {
+        return Poll::Ready(answered);
+    }
+    let clock = stalled.get_or_insert_with(|| Box::pin(sleep(stall)));
+    clock
+        .as_mut()
+        .poll(cx)
+        .map(|()| Err(io::ErrorKind::TimedOut.into()))
 }
 
 fn poll_early_answer(stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<Written>> {

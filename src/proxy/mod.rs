@@ -54,7 +54,7 @@ pub use self::edge::Edge;
 use self::{
     body::BodyError,
     calls::Call,
-    client::{Client, Left, event_stream},
+    client::{Client, Left, cut, event_stream},
     exchange::{Ended, Exchange},
 };
 use crate::{
@@ -157,8 +157,7 @@ impl ProxyHttp for Proxy {
             Ok(Ok(done)) => done,
             Ok(Err(Left)) => {
                 // Pingora would wait for the rest of the body otherwise.
-                session.set_keepalive(None);
-                session.shutdown().await;
+                cut(session).await;
                 Done::left(session.body_bytes_sent() as u64)
             }
             Err(_panic) => self.after_panic(session, live).await,
@@ -258,8 +257,7 @@ impl Proxy {
                 return done;
             }
         } else {
-            session.set_keepalive(None);
-            session.shutdown().await;
+            cut(session).await;
         }
         Done::local(status, code, session.body_bytes_sent())
     }

@@ -1,7 +1,10 @@
 //! Answers that Forebay writes itself: errors and local responses, in one place.
 
+use std::time::Duration;
+
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use pingora::proxy::Session;
+use tokio::time::timeout;
 
 use super::{body, client::to_wire};
 use crate::{
@@ -95,13 +98,22 @@ pub(super) async fn send(
     );
     let length = response.body.len();
     let wire = to_wire(session.req_header().version, head, Some(length));
+    let most = session.get_write_timeout().unwrap_or(Duration::MAX);
     let sent = async {
         session.write_response_header(Box::new(wire), false).await?;
         session.write_response_body(Some(response.body), true).await
     };
-    if let Err(why) = sent.await {
-        log::debug!("client did not take its answer: {}", why.etype().as_str());
-        return None;
+    // Pingora bounds its writes, but not the flush that ends them.
+    match timeout(most, sent).await {
+        Ok(Ok(())) => {}
+        Ok(Err(why)) => {
+            log::debug!("client did not take its answer: {}", why.etype().as_str());
+            return None;
+        }
+        Err(_elapsed) => {
+            log::debug!("client did not take its answer in time");
+            return None;
+        }
     }
     if unread {
         body::drain(session).await;

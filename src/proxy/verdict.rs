@@ -53,6 +53,8 @@ pub(super) fn judge(
     retry_after: Option<Duration>,
 ) -> Judgement {
     let verdict = match status.as_u16() {
+        _ if error.out_of_money() => Verdict::Credential,
+        400 | 409 | 413 | 422 => return Judgement::PassOn(error.into_client_error(status)),
         _ if error.hard_quota() => Verdict::Credential,
         429 | 503 | 529 => Verdict::Rejected,
         401..=403 => Verdict::Credential,
@@ -182,6 +184,14 @@ mod tests {
                 })
             ));
         }
+    }
+
+    #[test]
+    fn a_bad_request_that_repeats_the_clients_words_is_passed_on() {
+        let body =
+            br#"{"error":{"message":"got 'apples per day'","type":"Bad Request","code":400}}"#;
+        assert!(matches!(judged(400, body), Judgement::PassOn(_)));
+        assert!(matches!(judged(429, body), Judgement::Failed(_)));
     }
 
     #[test]

@@ -300,8 +300,8 @@ impl Upstream {
     /// Returns the peer to connect to, every timeout set; several addresses are
     /// taken in turn.
     ///
-    /// `read_timeout` is for each read, and only the net below the exchange's
-    /// own first-token and inter-token deadlines: the longer of the two.
+    /// `read_timeout` and `write_timeout` are for whoever has Pingora's own
+    /// session send the request; the exchange keeps its deadlines itself.
     ///
     /// # Errors
     /// When the host's name has no address: see [`Addresses::resolve_now`].
