@@ -67,7 +67,8 @@ struct ConfigFile {
 
 #[derive(Debug, Subcommand)]
 enum KeyCommand {
-    /// Makes a new key: prints the token, which is shown only now, and its entry.
+    /// Makes a new key: prints the token, which is shown only now, on standard
+    /// output, and its entry for the keys file on standard error.
     New {
         /// What the key is called in logs and metrics.
         #[arg(default_value = "new-key")]
@@ -82,6 +83,8 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli.command) {
         Ok(code) => code,
+        // Who read the output has seen enough.
+        Err(why) if is_broken_pipe(&why) => ExitCode::SUCCESS,
         Err(why) => {
             say_err(&format!("forebay: {why:#}"));
             ExitCode::FAILURE
@@ -194,7 +197,15 @@ fn check(file: &ConfigFile, print: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn is_broken_pipe(why: &anyhow::Error) -> bool {
+    why.downcast_ref::<io::Error>()
+        .is_some_and(|why| why.kind() == io::ErrorKind::BrokenPipe)
+}
+
 fn new_key(name: &str) -> anyhow::Result<ExitCode> {
+    if name.is_empty() || name.len() > 64 || name.contains(char::is_control) {
+        bail!("expected a name of 1 to 64 printable characters");
+    }
     let token = new_token();
     say_err("The token, shown only now; the gateway keeps its hash:");
     say(token.expose())?;

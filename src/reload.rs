@@ -15,7 +15,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use notify::{
+    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
 use pingora::{server::ShutdownWatch, services::background::BackgroundService};
 use sha2::{Digest, Sha256};
 use tokio::{
@@ -117,7 +120,10 @@ impl BackgroundService for Reloader {
     async fn start(&self, mut shutdown: ShutdownWatch) {
         // One note is enough, however many changes there are.
         let (note, mut changed) = mpsc::channel(1);
-        let watcher = notify::recommended_watcher(move |_event| {
+        let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            if event.is_ok_and(|event| !is_change(&event)) {
+                return;
+            }
             let _full_is_fine = note.try_send(());
         });
         let mut watcher = match watcher {
@@ -140,7 +146,13 @@ impl BackgroundService for Reloader {
                 _ = shutdown.changed() => return,
                 Some(()) = hangup(&mut hangups) => true,
                 () = std::future::ready(()), if stale => false,
-                Some(()) = changed.recv() => false,
+                Some(()) = changed.recv() => {
+                    // A busy folder (a log beside the configuration) is looked
+                    // at now and then, not for each of its events.
+                    sleep(SETTLE).await;
+                    changed.try_recv().ok();
+                    false
+                }
                 _ = look.tick() => false,
             };
             let now = self.fingerprint().await;
@@ -170,6 +182,18 @@ impl BackgroundService for Reloader {
                 .collect();
             stale = is_new && !self.is_current().await;
         }
+    }
+}
+
+/// Returns whether an event may be a change of a file.
+///
+/// Opening and reading are events too, our own among them: looking at the files
+/// for each of those would be a loop that never rests.
+fn is_change(event: &Event) -> bool {
+    match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
     }
 }
 
@@ -216,7 +240,20 @@ fn digest(files: &[PathBuf]) -> Fingerprint {
 
 #[cfg(test)]
 mod tests {
+    use notify::event::{CreateKind, ModifyKind};
+
     use super::*;
+
+    #[test]
+    fn reading_a_file_is_no_change() {
+        let of = |kind| is_change(&Event::new(kind));
+        assert!(!of(EventKind::Access(AccessKind::Open(AccessMode::Any))));
+        assert!(!of(EventKind::Access(AccessKind::Read)));
+        assert!(!of(EventKind::Access(AccessKind::Close(AccessMode::Read))));
+        assert!(of(EventKind::Access(AccessKind::Close(AccessMode::Write))));
+        assert!(of(EventKind::Modify(ModifyKind::Any)));
+        assert!(of(EventKind::Create(CreateKind::File)));
+    }
 
     #[test]
     fn only_other_bytes_are_a_change() {

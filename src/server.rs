@@ -53,7 +53,7 @@ const H2_CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// An address is taken, or not ours.
-    #[error("{key}: cannot listen on {address}: {source}")]
+    #[error("{key}: cannot listen on {address}")]
     Listen {
         /// Which of the listeners.
         key: &'static str,
@@ -163,6 +163,7 @@ impl BackgroundService for Resolver {
             let upstreams = snapshot.upstreams();
             upstreams
                 .map(|(_, upstream)| Arc::clone(upstream))
+                .filter(|upstream| !upstream.health.is_off())
                 .collect()
         };
         resolve::prime(&live()).await;

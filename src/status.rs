@@ -9,8 +9,18 @@ use crate::{
     upstreams::State,
 };
 
+/// Who reads a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Whoever reaches the data listener. Learns where the configuration is
+    /// wrong, not what it says there: that may name files and addresses.
+    Anybody,
+    /// Whoever may use the admin listener.
+    Admin,
+}
+
 /// The state of the gateway and of every upstream; no address, no secret.
-pub fn report(gateway: &Gateway, snapshot: &Snapshot) -> Value {
+pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
     let now = Instant::now();
     let upstreams: Vec<_> = snapshot
         .upstreams()
@@ -24,20 +34,29 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot) -> Value {
             })
         })
         .collect();
-    let ready = snapshot
+    let states = snapshot
         .upstreams()
-        .filter(|(_, upstream)| upstream.health.state(now) == State::Ready)
-        .count();
-    let status = match ready {
-        0 => "down",
-        some if some < upstreams.len() => "degraded",
-        _ => "ok",
+        .map(|(_, upstream)| upstream.health.state(now))
+        // Switched off on purpose.
+        .filter(|state| *state != State::Off);
+    let (ready, others): (Vec<_>, Vec<_>) = states.partition(|state| *state == State::Ready);
+    let status = match (ready.len(), others.len()) {
+        (0, _) => "down",
+        (_, 0) => "ok",
+        _ => "degraded",
     };
     let reload = gateway.last_reload().map(|last| {
         json!({
             "ok": last.problems.is_empty(),
             "at": seconds(last.at),
-            "problems": last.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "problems": last
+                .problems
+                .iter()
+                .map(|problem| match reader {
+                    Reader::Anybody => format!("line {}: {}", problem.line, problem.path),
+                    Reader::Admin => problem.to_string(),
+                })
+                .collect::<Vec<_>>(),
         })
     });
     let off: Vec<_> = snapshot.loaded.disabled.iter().collect();

@@ -24,7 +24,11 @@ use subtle::ConstantTimeEq;
 use tokio::{task::spawn_blocking, time::timeout};
 use tower::ServiceExt;
 
-use crate::{error::Error, gateway::Gateway, status::report};
+use crate::{
+    error::Error,
+    gateway::Gateway,
+    status::{Reader, report},
+};
 
 /// The largest body of an admin request, 1 MiB.
 const BODY_MAX: usize = 1024 * 1024;
@@ -226,7 +230,7 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
 }
 
 async fn health(State(gateway): State<Arc<Gateway>>) -> impl IntoResponse {
-    Json(report(&gateway, &gateway.snapshot()))
+    Json(report(&gateway, &gateway.snapshot(), Reader::Admin))
 }
 
 /// Reloads; 422 with every problem if the file is wrong.

@@ -24,6 +24,9 @@ pub struct Limits {
     /// The deepest nesting of a JSON body; 400 beyond it.
     #[schemars(range(min = 4, max = 120))]
     pub json_depth: usize,
+    /// The most answers to one request (`n`); 400 beyond it.
+    #[schemars(range(min = 1, max = 128))]
+    pub n: u32,
     /// The time a client has for its whole request header.
     #[schemars(extend("x-min" = "100ms", "x-max" = "10m"))]
     pub header_timeout: Time,
@@ -69,6 +72,7 @@ impl Default for Limits {
             header_fields: 100,
             uri: Size::kib(8),
             json_depth: 64,
+            n: 8,
             header_timeout: Time::secs(10),
             body_timeout: Time::secs(60),
             attempts: 3,

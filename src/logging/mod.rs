@@ -65,7 +65,7 @@ pub enum LogError {
     #[error("the log is set up already")]
     Twice(#[from] log::SetLoggerError),
     /// The file cannot be written.
-    #[error("log file {path} cannot be written: {source}")]
+    #[error("log file {path} cannot be written")]
     File {
         /// The file as it was tried.
         path: PathBuf,

@@ -249,6 +249,16 @@ fn structure(bytes: &[u8], at: usize) -> usize {
     bytes.len() - rest.len()
 }
 
+/// Returns whether the bytes are one object with something in it and nothing
+/// behind it, as far as brackets and strings tell: enough to know that an answer
+/// is one and was not cut.
+pub fn is_whole_object(bytes: &[u8]) -> bool {
+    let mut inside = Cursor::new(bytes);
+    let has_members = inside.enter_object() && inside.key().is_some();
+    let mut cursor = Cursor::new(bytes);
+    has_members && cursor.skip().is_some() && cursor.peek().is_none()
+}
+
 #[cfg(test)]
 mod tests {
     use super::{super::testing::Dice, *};
@@ -348,5 +358,24 @@ mod tests {
         assert_eq!(cursor.key(), Some(&b"b"[..]));
         assert_eq!(cursor.integer(), Some(2));
         assert_eq!(cursor.key(), None);
+    }
+
+    #[test]
+    fn a_whole_object_has_its_end_and_nothing_behind_it() {
+        assert!(is_whole_object(b" \n{\"a\":[1,{\"b\":\"}\"}]} \n"));
+        for cut in [
+            "",
+            "{",
+            "{}",
+            " { } ",
+            "{\"a\":[1",
+            "{}{}",
+            "{} x",
+            "[]",
+            "null",
+            "<html>",
+        ] {
+            assert!(!is_whole_object(cut.as_bytes()), "{cut}");
+        }
     }
 }

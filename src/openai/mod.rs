@@ -9,6 +9,7 @@
 //! - [`request`]: a checked request that keeps its bytes, and edits by splicing
 //! - [`sse`]: bytes in any pieces → events
 //! - [`event`]: what one event means: content, end, error, usage
+//! - [`whole`]: a whole answer told as a stream
 //! - [`upstream_error`]: what upstreams call an error → what a client is told
 //! - [`mod@retry_after`]: how long an upstream wants to be left alone
 //!
@@ -24,6 +25,7 @@ pub mod request;
 pub mod retry_after;
 pub mod sse;
 pub mod upstream_error;
+pub mod whole;
 
 pub use endpoint::Endpoint;
 pub use event::{Facts, Usage, inspect, usage_of_body, without_usage};

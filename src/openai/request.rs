@@ -28,7 +28,7 @@ const INPUTS_MAX: usize = 2048;
 /// The most stop sequences.
 const STOPS_MAX: usize = 32;
 /// The most answers to one prompt.
-const ANSWERS_MAX: u64 = 8;
+const ANSWERS_MAX: u64 = 128;
 /// The most tokens that can be wished for.
 const TOKENS_MAX: u64 = 10_000_000;
 
@@ -70,7 +70,7 @@ pub struct ApiRequest {
     pub model: String,
     /// Whether the answer is to be a stream of events.
     pub stream: bool,
-    /// How many answers are wanted, 1..=8; 1 if the client does not say.
+    /// How many answers are wanted, 1..=128; 1 if the client does not say.
     pub n: u32,
     /// The bound on generated tokens; the largest if there are several.
     pub max_tokens: Option<MaxTokens>,
@@ -773,7 +773,7 @@ mod tests {
             ("stream", r#""stream":"true""#),
             ("stream", r#""stream":[]"#),
             ("n", r#""n":0"#),
-            ("n", r#""n":9"#),
+            ("n", r#""n":129"#),
             ("n", r#""n":-1"#),
             ("n", r#""n":1.0"#),
             ("n", r#""n":1e0"#),
@@ -781,7 +781,7 @@ mod tests {
             ("n", r#""n":true"#),
             ("n", r#""n":[1]"#),
             ("n", r#""n":100000000000000000000000000001"#),
-            ("best_of", r#""best_of":9"#),
+            ("best_of", r#""best_of":129"#),
             ("max_tokens", r#""max_tokens":0"#),
             ("max_tokens", r#""max_tokens":-5"#),
             ("max_tokens", r#""max_tokens":10000001"#),
@@ -810,7 +810,7 @@ mod tests {
 
     #[test]
     fn bounds_themselves_are_allowed() {
-        chat(r#","n":8,"best_of":8,"max_tokens":10000000"#);
+        chat(r#","n":128,"best_of":128,"max_tokens":10000000"#);
         let stops = format!(r#","stop":[{}"x"]"#, "\"x\",".repeat(31));
         chat(&stops);
         chat(r#","stop":"x""#);

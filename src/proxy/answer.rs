@@ -11,18 +11,18 @@ use http::{HeaderValue, StatusCode, header};
 
 use super::{
     attempt::{Answering, Attempt, Tried},
-    client::{Client, Left, Waited},
+    client::{Client, Left, Waited, event_stream},
     exchange::Ended,
     verdict::Failure,
 };
 use crate::{
     context::{Ending, Verdict},
-    openai::{UpstreamError, error_in_body, json, usage_of_body},
+    openai::{
+        Endpoint, UpstreamError, cursor::is_whole_object, error_in_body, usage_of_body,
+        whole::as_events,
+    },
     plugins::ResponseHead,
 };
-
-/// The deepest answer that is believed; clients' own parsers stop about there.
-const ANSWER_DEPTH_MAX: usize = 128;
 
 /// The most that is reserved on the word of a `Content-Length`.
 const RESERVE_MAX: usize = 1024 * 1024;
@@ -46,6 +46,7 @@ impl Attempt<'_> {
             }
         };
         answering.release().await;
+        let endpoint = self.endpoint();
         if let Some(failure) = find_fault(&body) {
             return Ok(Tried::Failed(failure));
         }
@@ -64,25 +65,44 @@ impl Attempt<'_> {
         if let Err(error) = self.chain.on_response(self.ctx, &mut head).await {
             return Ok(Tried::PassOn(error));
         }
-        // A comment has gone out already: the client reads events.
-        if client.head_is_sent() {
-            let mut event = BytesMut::with_capacity(body.len() + 32);
-            event.put_slice(b"data: ");
-            event.extend(body.iter().filter(|byte| !matches!(byte, b'\n' | b'\r')));
-            event.put_slice(b"\n\n");
-            event.put_slice(self.last_comment(client).unwrap_or_default().as_bytes());
-            event.put_slice(b"data: [DONE]\n\n");
-            client.finish(event.freeze()).await?;
+        let wanted = self.ctx.request.as_ref();
+        let streamed = wanted.is_some_and(|request| request.stream);
+        let want_usage = wanted.is_some_and(|request| request.include_usage == Some(true));
+        let events = if streamed {
+            as_events(endpoint, &body, want_usage)
         } else {
-            client.send_head(head, Some(body.len())).await?;
-            client.finish(body).await?;
+            None
+        };
+        match events {
+            // The client waits for events, whatever the upstream sends.
+            Some(events) => {
+                let mut out = BytesMut::from(events);
+                if let Some(comment) = self.last_comment(client) {
+                    out.put_slice(comment.as_bytes());
+                }
+                if endpoint != Endpoint::Responses {
+                    out.put_slice(b"data: [DONE]\n\n");
+                }
+                let mut stream = event_stream(head.headers);
+                stream.headers.remove(header::CONTENT_LENGTH);
+                client.send_head(stream, None).await?;
+                client.finish(out.freeze()).await?;
+            }
+            None if streamed => {
+                let cause = "a whole answer that cannot be told as a stream";
+                return Ok(Tried::Failed(Failure::new(Verdict::Failed, cause)));
+            }
+            None => {
+                client.send_head(head, Some(body.len())).await?;
+                client.finish(body).await?;
+            }
         }
         Ok(Tried::Ended(Ended {
             ending: Ending::Success,
             verdict: Verdict::Answered,
             status,
             error: None,
-            streamed: false,
+            streamed,
             first_token: Some(first_token),
             usage,
         }))
@@ -103,12 +123,17 @@ impl Attempt<'_> {
         let mut body = BytesMut::with_capacity(length.unwrap_or(4096).min(RESERVE_MAX));
         loop {
             let now = Instant::now();
-            let deadline = self.deadline.min(now + self.upstream.timeouts.inter_token);
+            // A server may send its head long before the rest: as with the first
+            // token, only a time that the YAML names holds here.
+            let deadline = match self.upstream.config.timeouts.inter_token {
+                Some(named) => self.deadline.min(now + named.get()),
+                None => self.deadline,
+            };
             let piece = match client.wait(deadline, answering.link.read()).await? {
                 Waited::Done(Ok(Some(piece))) => piece,
                 Waited::Done(Ok(None)) => return Ok(Ok(body.freeze())),
                 Waited::Done(Err(why)) => {
-                    let cause = format!("broken inside the answer: {why}");
+                    let cause = format!("broken inside the answer: {}", why.etype().as_str());
                     return Ok(Err(Failure::new(Verdict::Failed, cause)));
                 }
                 Waited::TooLate => {
@@ -129,8 +154,8 @@ impl Attempt<'_> {
 /// Returns what is wrong with the body of a success: an error under 200, or
 /// something that is not one whole JSON object.
 fn find_fault(body: &Bytes) -> Option<Failure> {
-    if let Err(why) = json::scan(body, ANSWER_DEPTH_MAX) {
-        let cause = format!("success without a JSON object: {why}");
+    if !is_whole_object(body) {
+        let cause = "success without a whole JSON object";
         return Some(Failure::new(Verdict::Failed, cause));
     }
     if !error_in_body(body) {

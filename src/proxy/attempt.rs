@@ -25,7 +25,7 @@ use crate::{
     context::{RequestContext, Verdict},
     error::Error,
     metrics::Metrics,
-    openai::{ApiRequest, Edit, UpstreamError, retry_after},
+    openai::{ApiRequest, Edit, Endpoint, UpstreamError, retry_after},
     plugins::Chain,
     routes::Step,
     upstreams::Upstream,
@@ -50,7 +50,7 @@ pub(super) enum Tried {
     PassOn(Error),
 }
 
-/// What every try of an exchange needs. Built once per exchange.
+/// What a try needs.
 pub(super) struct Attempt<'a> {
     pub(super) ctx: &'a mut RequestContext,
     pub(super) chain: &'a Chain,
@@ -113,6 +113,12 @@ impl Attempt<'_> {
         {
             answering.link.close().await;
             let why = "encoded although identity was asked for";
+            return Ok(Tried::Failed(Failure::new(Verdict::Failed, why)));
+        }
+        // A part of something (206), or nothing (204), is no answer.
+        if !matches!(status.as_u16(), 200..=203) {
+            answering.link.close().await;
+            let why = format!("status {}", status.as_u16());
             return Ok(Tried::Failed(Failure::new(Verdict::Failed, why)));
         }
         if request.stream && is_event_stream(headers) {
@@ -314,39 +320,20 @@ impl Attempt<'_> {
         Some(Edit::set("max_tokens", tokens.into_bytes()))
     }
 
-    /// **Invariant:** nothing of the client's header is copied: not its
-    /// credential, not who it is.
     fn wire_head(&self, request: &ApiRequest, length: usize) -> Bytes {
-        let upstream = self.upstream;
-        let mut head = BytesMut::with_capacity(512);
-        let mut line = |parts: [&[u8]; 3]| {
-            for part in parts {
-                head.put_slice(part);
-            }
-            head.put_slice(b"\r\n");
-        };
-        let target = upstream.base.target(request.endpoint.suffix());
-        line([b"POST ", target.as_bytes(), b" HTTP/1.1"]);
-        line([b"host: ", upstream.base.authority().as_bytes(), b""]);
-        line([b"user-agent: ", USER_AGENT.as_bytes(), b""]);
-        line([b"content-type: ", b"application/json", b""]);
         let accept: &[u8] = if request.stream {
             b"text/event-stream"
         } else {
             b"application/json"
         };
-        line([b"accept: ", accept, b""]);
-        line([b"accept-encoding: ", b"identity", b""]);
-        line([b"content-length: ", length.to_string().as_bytes(), b""]);
-        line([b"x-request-id: ", self.ctx.id.as_bytes(), b""]);
-        if let Some(authorization) = &upstream.authorization {
-            line([b"authorization: ", authorization.as_bytes(), b""]);
-        }
-        for (name, value) in &upstream.headers {
-            line([name.as_str().as_bytes(), b": ", value.as_bytes()]);
-        }
-        head.put_slice(b"\r\n");
-        head.freeze()
+        let length = length.to_string();
+        let fields: [(&str, &[u8]); 4] = [
+            ("content-type", b"application/json"),
+            ("accept", accept),
+            ("content-length", length.as_bytes()),
+            ("x-request-id", self.ctx.id.as_bytes()),
+        ];
+        link::request_head(self.upstream, "POST", request.endpoint.suffix(), &fields)
     }
 
     fn count_connection(&self, reused: bool) {
@@ -355,6 +342,14 @@ impl Attempt<'_> {
             .connections
             .with_label_values(&[&*self.upstream.name, source])
             .inc();
+    }
+
+    /// Returns what the client called.
+    pub(super) fn endpoint(&self) -> Endpoint {
+        self.ctx
+            .request
+            .as_ref()
+            .map_or(Endpoint::ChatCompletions, |request| request.endpoint)
     }
 
     /// Returns the header fields that tell who answered.
@@ -368,8 +363,6 @@ impl Attempt<'_> {
         )
     }
 }
-
-const USER_AGENT: &str = concat!("forebay/", env!("CARGO_PKG_VERSION"));
 
 /// Why a link brought no header.
 enum LinkFailure {
@@ -391,6 +384,7 @@ impl From<LinkError> for LinkFailure {
         match error {
             LinkError::Connect(_) => Self::Final(Failure::new(Verdict::NotSent, cause)),
             LinkError::Broken(_) => Self::Stale(cause),
+            LinkError::Stalled => Self::Final(Failure::new(Verdict::TimedOut, cause)),
             LinkError::Invalid(_) => Self::Final(Failure::new(Verdict::Failed, cause)),
         }
     }

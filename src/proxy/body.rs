@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use http::{StatusCode, header};
+use http::{StatusCode, Version, header};
 use pingora::{ErrorType, proxy::Session};
 use tokio::time::timeout;
 
@@ -111,6 +111,8 @@ pub(super) async fn read(
 fn expects_continue(session: &Session) -> Result<bool, BodyError> {
     match session.get_header(header::EXPECT) {
         None => Ok(false),
+        // HTTP/1.0 knows no interim answers (RFC 9110 §10.1.1).
+        Some(_) if session.req_header().version == Version::HTTP_10 => Ok(false),
         Some(value) if value.as_bytes().eq_ignore_ascii_case(b"100-continue") => Ok(true),
         Some(_) => Err(BodyError::Refused(
             Error::refused(

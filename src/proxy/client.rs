@@ -49,6 +49,8 @@ pub(super) struct Client<'a> {
     /// Whether the head went out before an upstream was known.
     head_was_early: bool,
     bytes_out: u64,
+    /// When the head of an upstream's answer was sent.
+    answering_since: Option<Instant>,
 }
 
 impl<'a> Client<'a> {
@@ -66,6 +68,7 @@ impl<'a> Client<'a> {
             early_head: None,
             head_was_early: false,
             bytes_out: 0,
+            answering_since: None,
         }
     }
 
@@ -86,6 +89,11 @@ impl<'a> Client<'a> {
     /// Returns whether the head went out before an upstream was known.
     pub(super) fn head_was_early(&self) -> bool {
         self.head_was_early
+    }
+
+    /// Returns since when the client is being sent an upstream's answer.
+    pub(super) fn answering_since(&self) -> Option<Instant> {
+        self.answering_since
     }
 
     /// Returns the bytes of the body sent so far.
@@ -145,6 +153,7 @@ impl<'a> Client<'a> {
         head: ResponseHead,
         length: Option<usize>,
     ) -> Result<(), Left> {
+        self.answering_since = Some(Instant::now());
         if self.head_is_sent() {
             return Ok(());
         }

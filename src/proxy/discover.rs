@@ -88,7 +88,12 @@ async fn ask(upstream: &Upstream, connector: &TransportConnector) -> Result<Vec<
         .await
         .map_err(|why| why.to_string())?;
     let request = WireRequest {
-        head: head(upstream),
+        head: link::request_head(
+            upstream,
+            "GET",
+            "/models",
+            &[("accept", b"application/json")],
+        ),
         body: Bytes::new(),
     };
     let sent = link::send(stream, request, DEADLINE)
@@ -112,29 +117,4 @@ async fn ask(upstream: &Upstream, connector: &TransportConnector) -> Result<Vec<
     }
     let list: List = serde_json::from_slice(&body).map_err(|why| why.to_string())?;
     Ok(list.data.into_iter().map(|entry| entry.id).collect())
-}
-
-fn head(upstream: &Upstream) -> Bytes {
-    let mut head = BytesMut::with_capacity(256);
-    let mut line = |parts: [&[u8]; 3]| {
-        for part in parts {
-            head.put_slice(part);
-        }
-        head.put_slice(b"\r\n");
-    };
-    let target = upstream.base.target("/models");
-    line([b"GET ", target.as_bytes(), b" HTTP/1.1"]);
-    line([b"host: ", upstream.host.as_bytes(), b""]);
-    let agent = concat!("forebay/", env!("CARGO_PKG_VERSION"));
-    line([b"user-agent: ", agent.as_bytes(), b""]);
-    line([b"accept: ", b"application/json", b""]);
-    line([b"accept-encoding: ", b"identity", b""]);
-    if let Some(authorization) = &upstream.authorization {
-        line([b"authorization: ", authorization.as_bytes(), b""]);
-    }
-    for (name, value) in &upstream.headers {
-        line([name.as_str().as_bytes(), b": ", value.as_bytes()]);
-    }
-    head.put_slice(b"\r\n");
-    head.freeze()
 }

@@ -48,6 +48,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// What `Retry-After` says when no upstream said anything better.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
+/// The error of a stream that was longer than `limits.stream_timeout`.
+pub(super) const STREAM_TIMEOUT: &str = "stream_timeout";
+
 /// How an exchange ended, as far as the client knows.
 #[derive(Debug)]
 pub(super) struct Ended {
@@ -375,7 +378,8 @@ impl<'a> Exchange<'a> {
             }
             Ok(Tried::Ended(ended)) => {
                 let cut = ended.verdict == Verdict::Cut;
-                if cut {
+                // A stream that was merely too long is nobody's fault.
+                if cut && ended.error.as_deref() != Some(STREAM_TIMEOUT) {
                     upstream.health.failed(Instant::now());
                 }
                 self.note(note(ended.verdict, Some(ended.status), cut));
@@ -407,6 +411,13 @@ impl<'a> Exchange<'a> {
 
     fn after_failure(&mut self, step: &Step, upstream: &Upstream, failure: Failure) -> Next {
         let now = Instant::now();
+        if matches!(
+            failure.verdict,
+            Verdict::Rejected | Verdict::Credential | Verdict::NoModel
+        ) {
+            // It said no, but it is there: a try after it was down ends here.
+            upstream.health.succeeded();
+        }
         match failure.verdict {
             Verdict::Rejected if failure.retry_after.is_some() => match failure.status {
                 Some(StatusCode::TOO_MANY_REQUESTS) => {

@@ -341,4 +341,14 @@ mod tests {
         stream.flush().await.unwrap_err();
         AsyncWriteExt::shutdown(&mut stream).await.unwrap_err();
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_never_sends_a_byte_is_given_up() {
+        let (near, _far_says_nothing) = tokio::io::duplex(64);
+        let mut stream = Guarded::new(Box::new(near), Duration::from_secs(10));
+        let mut first = [0; 24];
+        let peek = stream.try_peek(&mut first);
+        let peeked = timeout(FIRST_BYTES * 10, peek).await;
+        assert_eq!(peeked.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
 }

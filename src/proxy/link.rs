@@ -12,7 +12,7 @@ use std::{
     future::{Future, poll_fn},
     io::{
         self,
-        ErrorKind::{BrokenPipe, ConnectionReset},
+        ErrorKind::{BrokenPipe, ConnectionReset, TimedOut},
         IoSlice,
     },
     pin::Pin,
@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::{StatusCode, header};
 use pingora::{
     ErrorType,
@@ -35,6 +35,7 @@ use tokio::{
 };
 
 use super::io::Prefixed;
+use crate::upstreams::Upstream;
 
 /// How long closing in good order may take: it waits until what is buffered has
 /// gone out, which it never does to an upstream that does not read.
@@ -50,6 +51,44 @@ pub(super) struct WireRequest {
     pub(super) body: Bytes,
 }
 
+/// Builds the head of a request to an upstream: its own fields, then `fields`,
+/// then those that the configuration adds.
+///
+/// **Invariant:** nothing of a client's header is copied: not its credential,
+/// not who it is.
+pub(super) fn request_head(
+    upstream: &Upstream,
+    method: &str,
+    suffix: &str,
+    fields: &[(&str, &[u8])],
+) -> Bytes {
+    const USER_AGENT: &str = concat!("forebay/", env!("CARGO_PKG_VERSION"));
+    let mut head = BytesMut::with_capacity(512);
+    let mut line = |start: &str, between: &[u8], end: &[u8]| {
+        head.put_slice(start.as_bytes());
+        head.put_slice(between);
+        head.put_slice(end);
+        head.put_slice(b"\r\n");
+    };
+    let target = upstream.base.target(suffix);
+    line(method, b" ", format!("{target} HTTP/1.1").as_bytes());
+    line("host", b": ", upstream.host.as_bytes());
+    line("user-agent", b": ", USER_AGENT.as_bytes());
+    // An encoded answer could not be looked into.
+    line("accept-encoding", b": ", b"identity");
+    for (name, value) in fields {
+        line(name, b": ", value);
+    }
+    if let Some(authorization) = &upstream.authorization {
+        line("authorization", b": ", authorization.as_bytes());
+    }
+    for (name, value) in &upstream.headers {
+        line(name.as_str(), b": ", value.as_bytes());
+    }
+    head.put_slice(b"\r\n");
+    head.freeze()
+}
+
 /// Why no answer's header came.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LinkError {
@@ -59,9 +98,13 @@ pub(super) enum LinkError {
     /// The connection broke before the first byte of an answer.
     #[error("broken before the answer: {0}")]
     Broken(String),
-    /// What came was not HTTP.
+    /// The upstream took no more of the request for too long.
+    #[error("stalled while the request was sent")]
+    Stalled,
+    /// What came was not HTTP. Holds no word of it: Pingora's own text has the
+    /// bytes that could not be read.
     #[error("not a valid answer: {0}")]
-    Invalid(Box<pingora::Error>),
+    Invalid(&'static str),
 }
 
 /// An open connection whose request has been sent and whose answer has begun.
@@ -127,6 +170,7 @@ pub(super) async fn send(
             stream,
             reusable: false,
         }),
+        Err(why) if why.kind() == TimedOut => Err(LinkError::Stalled),
         Err(why) => Err(LinkError::Broken(format!("while sending: {why}"))),
     }
 }
@@ -146,17 +190,14 @@ impl Link {
                 return Err(match why.etype {
                     ErrorType::ConnectionClosed
                     | ErrorType::ReadError
-                    | ErrorType::ReadTimedout => LinkError::Broken(why.to_string()),
-                    _ => LinkError::Invalid(why),
+                    | ErrorType::ReadTimedout => LinkError::Broken(why.etype().as_str().to_owned()),
+                    _ => LinkError::Invalid("no HTTP header"),
                 });
             }
             match session.get_status() {
                 Some(StatusCode::SWITCHING_PROTOCOLS) | None => {
                     let why = "an upgrade that nobody asked for";
-                    return Err(LinkError::Invalid(pingora::Error::explain(
-                        ErrorType::InvalidHTTPHeader,
-                        why,
-                    )));
+                    return Err(LinkError::Invalid(why));
                 }
                 Some(status) if status.is_informational() => {}
                 Some(_) => break,
@@ -170,7 +211,7 @@ impl Link {
     pub(super) fn head(&self) -> &ResponseHeader {
         self.session
             .resp_header()
-            .expect("exchange() returns with a header")
+            .expect("receive() returns with a header")
     }
 
     /// Reads the next piece of the body; `None` at its end. May be dropped and

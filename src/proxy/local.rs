@@ -12,7 +12,7 @@ use crate::{
     gateway::{Gateway, Snapshot},
     plugins::LocalResponse,
     routes::Model,
-    status::{report, seconds},
+    status::{Reader, report, seconds},
     upstreams::MODELS_MAX,
 };
 
@@ -41,7 +41,7 @@ pub(super) async fn answer(
                 return Err(model_not_found(id));
             }
         }
-        Call::Health => ok(&report(gateway, snapshot)),
+        Call::Health => ok(&report(gateway, snapshot, Reader::Anybody)),
         Call::Ready if draining => status(StatusCode::SERVICE_UNAVAILABLE, "draining"),
         Call::Ready => status(StatusCode::OK, "ready"),
         Call::Live => status(StatusCode::OK, "live"),

@@ -185,8 +185,9 @@ impl ProxyHttp for Proxy {
         let Some(live) = state.live.take() else {
             return;
         };
-        self.gateway.resources.metrics.in_flight.dec();
         record::write(&self.gateway, live).await;
+        // Last: a stopping process waits for this.
+        self.gateway.resources.metrics.in_flight.dec();
     }
 
     async fn upstream_peer(
@@ -221,7 +222,7 @@ impl Proxy {
                 started: Instant::now(),
                 client_ip: client_ip(peer, forwarded, &snapshot.config().trusted_proxies),
                 method: request.method.clone(),
-                path: Arc::from(path.get(..256).unwrap_or(path)),
+                path: Arc::from(start_of(path)),
                 headers: request.headers.clone(),
                 request: None,
                 principal: None,
@@ -324,6 +325,11 @@ impl Proxy {
         let raw = body::read(session, limits, metrics).await?;
         live.bytes_in = raw.len();
         let request = ApiRequest::parse(endpoint, raw, limits.json_depth)?;
+        if request.n > limits.n {
+            metrics.limits.with_label_values(&["n"]).inc();
+            let message = format!("`n` must be a whole number from 1 to {}", limits.n);
+            return Err(Error::invalid("invalid_value", message).param("n").into());
+        }
         let model = request.model.clone();
         live.ctx.request = Some(request);
         restrict_by_headers(&mut live.ctx)?;
@@ -385,9 +391,13 @@ impl Proxy {
             }
             Ok(Err(error)) => error,
             Err(Left) => {
-                let bytes_out = client.bytes_out();
+                let mut done = Done::left(client.bytes_out());
+                done.ended.streamed = streamed;
+                done.ended.first_token = client
+                    .answering_since()
+                    .map(|since| since.duration_since(live.ctx.started));
                 client.abort().await;
-                return Ok(Done::left(bytes_out));
+                return Ok(done);
             }
         };
         if !client.head_is_sent() {
@@ -405,6 +415,16 @@ impl Proxy {
             bytes_out,
         })
     }
+}
+
+/// Cuts a path to what a log line needs.
+fn start_of(path: &str) -> &str {
+    const MAX: usize = 256;
+    (0..=MAX)
+        .rev()
+        .find_map(|end| path.get(..end))
+        .filter(|_| path.len() > MAX)
+        .unwrap_or(path)
 }
 
 /// What a request comes to before an upstream is chosen.
@@ -493,7 +513,13 @@ async fn send_error(
     let sent = respond::send_error(session, &live.ctx.id, &error, extra).await;
     let bytes = sent.ok_or(Left)?;
     if error.status.is_server_error() {
-        log::warn!("request failed: id={} {error}", live.ctx.id);
+        let last = live.ctx.attempts.last();
+        log::warn!(
+            "request failed: id={} {error} upstream={} verdict={}",
+            live.ctx.id,
+            last.map_or("-", |attempt| &*attempt.upstream),
+            last.map_or("-", |attempt| attempt.verdict.as_str()),
+        );
     }
     let code = error.code;
     Ok(Done::local(error.status, code, bytes))

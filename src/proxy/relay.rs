@@ -16,7 +16,7 @@ use bytes::{BufMut, BytesMut};
 use super::{
     attempt::{Answering, Attempt, Tried},
     client::{Client, Left, Waited, event_stream},
-    exchange::Ended,
+    exchange::{Ended, STREAM_TIMEOUT},
     verdict::Failure,
 };
 use crate::{
@@ -68,11 +68,7 @@ impl Attempt<'_> {
         let now = Instant::now();
         let mut relay = Relay {
             framer: Framer::new(self.limits.event.get()),
-            endpoint: self
-                .ctx
-                .request
-                .as_ref()
-                .map_or(Endpoint::ChatCompletions, |request| request.endpoint),
+            endpoint: self.endpoint(),
             out: BytesMut::new(),
             committed: false,
             first_token: None,
@@ -119,7 +115,7 @@ impl Attempt<'_> {
                 Waited::Done(Ok(Some(piece))) => piece,
                 Waited::Done(Ok(None)) => return self.take_tail(relay, client).await,
                 Waited::Done(Err(why)) => {
-                    let cause = format!("broken inside the stream: {why}");
+                    let cause = format!("broken inside the stream: {}", why.etype().as_str());
                     return Ok(Err(Failure::new(Verdict::Failed, cause)));
                 }
                 Waited::TooLate => {
@@ -229,6 +225,9 @@ impl Attempt<'_> {
             };
             return Some(broken(verdict, "an error event"));
         }
+        if !facts.done && frame.data.as_deref().is_some_and(|data| !is_event(data)) {
+            return Some(broken(Verdict::Failed, "an event that is no JSON object"));
+        }
         if facts.usage.is_some() {
             relay.usage = facts.usage;
         }
@@ -337,7 +336,21 @@ impl Attempt<'_> {
             failure.cause
         );
         relay.answering.link.close().await;
-        let error = incomplete(failure.verdict);
+        let error = if relay.ends <= Instant::now() {
+            self.metrics
+                .limits
+                .with_label_values(&[STREAM_TIMEOUT])
+                .inc();
+            let message = "the answer took longer than a stream may";
+            Error::new(
+                http::StatusCode::BAD_GATEWAY,
+                "server_error",
+                STREAM_TIMEOUT,
+                message,
+            )
+        } else {
+            incomplete(failure.verdict)
+        };
         let mut out = relay.out.split();
         out.put_slice(&error_event(&error));
         client.finish(out.freeze()).await?;
@@ -351,6 +364,14 @@ impl Attempt<'_> {
             usage: relay.usage,
         })
     }
+}
+
+/// Returns whether the data of an event can be what clients expect: a JSON
+/// object. Looked at from outside only; an empty one keeps a connection alive.
+fn is_event(data: &[u8]) -> bool {
+    let data = data.trim_ascii();
+    let is_object = data.starts_with(b"{") && data.ends_with(b"}");
+    data.is_empty() || is_object && std::str::from_utf8(data).is_ok()
 }
 
 fn broken(verdict: Verdict, cause: impl Into<String>) -> Step {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use crate::{context::Verdict, error::Error, openai::UpstreamError};
+use crate::{context::Verdict, error::Error, openai::UpstreamError, upstreams::health::COOL_MAX};
 
 /// A try that did not answer the client, and why.
 #[derive(Debug)]
@@ -57,9 +57,11 @@ pub(super) fn judge(
         400 | 409 | 413 | 422 => return Judgement::PassOn(error.into_client_error(status)),
         _ if error.hard_quota() => Verdict::Credential,
         429 | 503 | 529 => Verdict::Rejected,
-        401..=403 => Verdict::Credential,
+        // 407 is about a proxy of ours, not of the caller's.
+        401..=403 | 407 => Verdict::Credential,
         404 | 501 => Verdict::NoModel,
-        408 | 300..=399 | 500.. => Verdict::Failed,
+        // 421, 425 and 426 are about our connection to the upstream.
+        408 | 421 | 425 | 426 | 300..=399 | 500.. => Verdict::Failed,
         _ => return Judgement::PassOn(error.into_client_error(status)),
     };
     Judgement::Failed(Failure {
@@ -73,6 +75,8 @@ pub(super) fn judge(
 /// What the client is told when every try is used up. `last_answer` is the last
 /// failure that was an answer, or a silence, of an upstream that was reached.
 pub(super) fn give_up(last_answer: Option<&Failure>, wait: Duration, model: &str) -> Error {
+    let asked = last_answer.and_then(|last| last.retry_after);
+    let wait = asked.unwrap_or(wait).min(COOL_MAX);
     let bad_gateway =
         |code, message| Error::new(StatusCode::BAD_GATEWAY, "server_error", code, message);
     let Some(last) = last_answer else {
@@ -91,13 +95,13 @@ pub(super) fn give_up(last_answer: Option<&Failure>, wait: Duration, model: &str
             "rate_limit_exceeded",
             "every model server that could answer is at its rate limit",
         )
-        .retry_after(last.retry_after.unwrap_or(wait)),
+        .retry_after(wait),
         (Verdict::Rejected, _) => {
             let error = bad_gateway(
                 "upstream_overloaded",
                 "every model server that could answer is overloaded",
             );
-            error.retry_after(last.retry_after.unwrap_or(wait))
+            error.retry_after(wait)
         }
         (Verdict::Credential, _) => bad_gateway(
             "upstream_auth",

@@ -288,6 +288,7 @@ async fn a_success_without_a_json_object_or_with_an_error_in_it_goes_to_the_next
         json(200, r#"{"choices":[{"#),
         json(200, r#"{"choices":[]} trailing"#),
         json(200, r#"[]"#),
+        json(200, "{}"),
         json(200, ""),
         b"HTTP/1.1 204 No Content\r\n\r\n".to_vec(),
         b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n"

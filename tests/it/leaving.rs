@@ -340,6 +340,36 @@ async fn a_slot_of_who_left_inside_a_stream_is_free_again() {
     nothing_is_left(&gateway, 2).await;
 }
 
+/// Small events stay in a buffer, and whatever ends the connection in good order
+/// waits for that buffer to empty.
+#[tokio::test]
+async fn who_stops_reading_small_events_is_given_up_and_keeps_nobody_from_exiting() {
+    let upstream = ByHand::listen().await;
+    let config = group_of(&upstream.url()) + "limits: { write_timeout: 500ms }\n";
+    let mut gateway = Gateway::start(&config).await;
+    let mut client = Connection::open_narrow(gateway.addr).await;
+    let body = chat_stream("demo");
+    client.request("POST", PATH, &[], body.as_bytes()).await;
+    let mut call = upstream.accept().await;
+    call.send(STREAM_HEAD).await;
+    call.say("one").await;
+    client.read_until("one").await;
+    let text = "x".repeat(850);
+    // Faster, and they would arrive together, as large ones.
+    let talking = async { call.go_on_saying(&text, Duration::from_millis(1)).await };
+    soon("the upstream is left", talking).await;
+    nothing_is_left(&gateway, 1).await;
+
+    gateway.signal("TERM");
+    eventually("the process exits", || {
+        let exited = gateway.exited().is_some();
+        async move { exited }
+    })
+    .await;
+    // It was there to the end.
+    client.reset();
+}
+
 /// An h2c connection of a client. The task ends with the connection.
 async fn h2c(gateway: &Gateway) -> (SendRequest<Bytes>, JoinHandle<()>) {
     let stream = TcpStream::connect(gateway.addr).await.unwrap();

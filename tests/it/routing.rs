@@ -1,9 +1,12 @@
 //! Where a request goes, and what it looks like when it gets there: strategies,
 //! aliases, patterns, rewriting, pins, locality, headers, bytes.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
-use forebay::sim::Sim;
+use forebay::sim::{Sim, SimOptions};
 use futures_util::future::join_all;
 
 use crate::support::{
@@ -652,6 +655,73 @@ async fn who_leaves_while_waiting_for_a_slot_never_reaches_the_upstream() {
         .collect();
     assert_eq!(ids.len(), 2);
     assert_eq!(ids[1], "the-third");
+}
+
+/// A request of this client for this model, on its way.
+async fn asking(gateway: &Gateway, model: &str) -> Connection {
+    let mut connection = Connection::open(gateway.addr).await;
+    let body = chat(model);
+    connection
+        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
+        .await;
+    connection
+}
+
+#[tokio::test]
+async fn a_freed_slot_wakes_who_can_use_it_and_not_who_waited_longer_for_another() {
+    // Who is not woken looks again once a second.
+    const WOKEN: Duration = Duration::from_millis(500);
+    let serving = async |name: &str| {
+        let mut options = SimOptions::quick(name);
+        options.models = vec![format!("demo-{name}")];
+        Sim::start(options).await.unwrap()
+    };
+    let (a, b) = (serving("a").await, serving("b").await);
+    let upstreams = [
+        upstream_at("a", &a.url(), "models: [demo-a], concurrent: 1"),
+        upstream_at("b", &b.url(), "models: [demo-b], concurrent: 1"),
+    ];
+    let gateway = Gateway::start(&group_with("", &upstreams)).await;
+    let in_flight = "forebay_requests_in_flight";
+    for (kept, freed) in [(&a, &b), (&b, &a)] {
+        let mut quickest = Duration::MAX;
+        // A busy machine may be slow, but not every time.
+        for _ in 0..3 {
+            for sim in [kept, freed] {
+                sim.clear_records();
+                sim.fault("hang;times=1").await.unwrap();
+            }
+            let [to_keep, to_free] = [kept, freed].map(|sim| format!("demo-{}", sim.name()));
+            let keeper = asking(&gateway, &to_keep).await;
+            let holder = asking(&gateway, &to_free).await;
+            eventually("both are held", || async {
+                (asked(kept), asked(freed)) == (1, 1)
+            })
+            .await;
+            let mut others = Vec::new();
+            for _ in 0..3 {
+                others.push(asking(&gateway, &to_keep).await);
+            }
+            gateway.metric_becomes(in_flight, 5.0).await;
+            let mut waiting = asking(&gateway, &to_free).await;
+            gateway.metric_becomes(in_flight, 6.0).await;
+
+            let since = Instant::now();
+            holder.reset();
+            let answer = waiting.answer().await;
+            quickest = quickest.min(since.elapsed());
+            assert_eq!((answer.status, answer.upstream()), (200, freed.name()));
+            assert_eq!(asked(kept), 1, "the others wait on");
+
+            keeper.reset();
+            for mut other in others {
+                let answer = other.answer().await;
+                assert_eq!((answer.status, answer.upstream()), (200, kept.name()));
+            }
+            gateway.metric_becomes(in_flight, 0.0).await;
+        }
+        assert!(quickest < WOKEN, "{}: after {quickest:?}", freed.name());
+    }
 }
 
 #[tokio::test]

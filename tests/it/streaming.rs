@@ -643,26 +643,43 @@ async fn a_stream_has_an_end_however_lively_it_is() {
     for fault in ["gap=20;tokens=1000000", "tokens=100000000"] {
         gpu.fault(fault).await.unwrap();
         let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
-        assert_eq!(assert_broken_off(&answer), "upstream_idle", "{fault}");
+        assert_eq!(assert_broken_off(&answer), "stream_timeout", "{fault}");
         assert!(said(&answer).starts_with("gpu-1 answers:"));
     }
 }
 
 #[tokio::test]
-async fn a_whole_answer_to_who_wanted_a_stream_is_passed_on() {
+async fn a_whole_answer_to_who_wanted_a_stream_is_told_as_one() {
     let body =
         r#"{"id":"x","choices":[{"index":0,"message":{"role":"assistant","content":"whole"}}]}"#;
     let upstream = Scripted::always(crate::support::scripted::json(200, body)).await;
     let gateway = Gateway::start(&group_of(&upstream.url())).await;
     let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
     assert_eq!(answer.status, 200);
-    assert_eq!(answer.header("content-type"), Some("application/json"));
-    assert_eq!(answer.text(), body);
+    assert_eq!(answer.header("content-type"), Some("text/event-stream"));
+    assert_whole(&answer);
+    assert_eq!(answer.content(), "whole");
     assert_eq!(answer.upstream(), "gpu-1");
 }
 
 #[tokio::test]
-async fn a_whole_answer_after_comments_is_an_event() {
+async fn an_event_that_is_no_json_fails_over_before_the_first_token() {
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n";
+    let good =
+        "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"x\"}}]}\n\ndata: [DONE]\n\n";
+    for nonsense in ["data: {nope\n\n", "data: null\n\n", "data: <html>\n\n"] {
+        let bad = Scripted::always(format!("{head}{nonsense}{good}").into_bytes()).await;
+        let gpu = sim("gpu-2").await;
+        let gateway = Gateway::start(&pair(&bad.url(), "", &gpu.url())).await;
+        let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
+        assert_whole(&answer);
+        assert_eq!(answer.upstream(), "gpu-2", "{nonsense:?}");
+        assert!(!answer.text().contains(nonsense.trim_end()));
+    }
+}
+
+#[tokio::test]
+async fn a_whole_answer_after_comments_is_told_as_events() {
     let upstream = ByHand::listen().await;
     let config = group_of(&upstream.url()) + "limits: { heartbeat: 100ms }\n";
     let gateway = Gateway::start(&config).await;
@@ -674,7 +691,7 @@ async fn a_whole_answer_after_comments_is_an_event() {
     let answer = client.answer().await;
     assert_whole(&answer);
     assert_eq!(
-        chunks(&answer)[0]["choices"][0]["message"]["content"],
+        chunks(&answer)[0]["choices"][0]["delta"]["content"],
         "whole"
     );
     assert!(

@@ -266,7 +266,9 @@ impl Guard {
     /// Makes the answer, and counts the failure. Who has a key that has expired
     /// is not guessing.
     fn refuse(&self, refused: Refused, ctx: &RequestContext, now: Instant) -> Error {
-        if refused != Refused::Expired
+        // Only a wrong key is a guess: not one that has expired, not none, and
+        // not two of which one may be right.
+        if matches!(refused, Refused::Unknown | Refused::Unreadable)
             && let Err(wait) = self
                 .limiter
                 .fail(ctx.client_ip, self.failures_per_minute, now)

@@ -94,6 +94,17 @@ impl Call {
         taken
     }
 
+    /// Sends a chunk with one event that says this, again and again at this
+    /// pace, until the gateway has closed the connection.
+    pub async fn go_on_saying(mut self, text: &str, pace: std::time::Duration) {
+        let event = delta(text);
+        let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+        let mut tick = tokio::time::interval(pace);
+        while self.stream.write_all(chunk.as_bytes()).await.is_ok() {
+            tick.tick().await;
+        }
+    }
+
     /// Closes with a reset.
     pub fn reset(self) {
         socket2::SockRef::from(&self.stream)

@@ -74,7 +74,10 @@ impl Gateway {
                 };
             }
             let said = log.lock().unwrap().clone();
-            assert!(said.contains("cannot listen"), "the gateway did not start: {said}");
+            assert!(
+                said.contains("cannot listen"),
+                "the gateway did not start: {said}"
+            );
         }
         panic!("no free ports");
     }
@@ -235,11 +238,13 @@ async fn ready(child: &mut Child, addr: SocketAddr, own_admin: bool, admin: Sock
 async fn answers(addr: SocketAddr, path: &str) -> bool {
     let ask = async {
         let mut stream = TcpStream::connect(addr).await?;
-        let request = format!("GET {path} HTTP/1.1\r\nhost: forebay.test\r\nconnection: close\r\n\r\n");
+        let request =
+            format!("GET {path} HTTP/1.1\r\nhost: forebay.test\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await?;
         std::io::Result::Ok(answer)
     };
-    ask.await.is_ok_and(|answer| answer.starts_with(b"HTTP/1.1 "))
+    ask.await
+        .is_ok_and(|answer| answer.starts_with(b"HTTP/1.1 "))
 }

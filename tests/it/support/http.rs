@@ -80,8 +80,14 @@ impl Answer {
         let error = &body["error"];
         assert!(error["message"].is_string(), "{body}");
         assert!(error["type"].is_string(), "{body}");
-        assert!(error["param"].is_string() || error["param"].is_null(), "{body}");
-        assert!(error["code"].is_string() || error["code"].is_null(), "{body}");
+        assert!(
+            error["param"].is_string() || error["param"].is_null(),
+            "{body}"
+        );
+        assert!(
+            error["code"].is_string() || error["code"].is_null(),
+            "{body}"
+        );
         assert!(self.header("x-request-id").is_some(), "{:?}", self.headers);
         error["code"].as_str().unwrap_or("").to_owned()
     }
@@ -95,7 +101,21 @@ pub struct Connection {
 
 impl Connection {
     pub async fn open(addr: SocketAddr) -> Self {
-        let stream = soon("a connection", TcpStream::connect(addr)).await.unwrap();
+        let stream = soon("a connection", TcpStream::connect(addr))
+            .await
+            .unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self {
+            stream,
+            read: Vec::new(),
+        }
+    }
+
+    /// A connection that can take very little while nobody reads from it.
+    pub async fn open_narrow(addr: SocketAddr) -> Self {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let stream = soon("a connection", socket.connect(addr)).await.unwrap();
         stream.set_nodelay(true).unwrap();
         Self {
             stream,
@@ -105,16 +125,26 @@ impl Connection {
 
     /// Sends bytes as they are.
     pub async fn send(&mut self, bytes: &[u8]) {
-        soon("bytes are taken", self.stream.write_all(bytes)).await.unwrap();
+        soon("bytes are taken", self.stream.write_all(bytes))
+            .await
+            .unwrap();
     }
 
     /// Sends bytes as they are; the other side may have closed already.
     pub async fn try_send(&mut self, bytes: &[u8]) -> bool {
-        soon("bytes are taken", self.stream.write_all(bytes)).await.is_ok()
+        soon("bytes are taken", self.stream.write_all(bytes))
+            .await
+            .is_ok()
     }
 
     /// Sends a request with a length.
-    pub async fn request(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) {
+    pub async fn request(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) {
         self.send(&build(method, path, headers, body)).await;
     }
 
@@ -128,7 +158,11 @@ impl Connection {
     pub async fn read_until(&mut self, text: &str) -> String {
         soon(&format!("{text:?}"), async {
             while !contains(&self.read, text.as_bytes()) {
-                assert!(self.more().await, "closed before {text:?}: {:?}", String::from_utf8_lossy(&self.read));
+                assert!(
+                    self.more().await,
+                    "closed before {text:?}: {:?}",
+                    String::from_utf8_lossy(&self.read)
+                );
             }
         })
         .await;
@@ -137,7 +171,10 @@ impl Connection {
 
     /// Reads everything until the other side closes.
     pub async fn rest(&mut self) -> Vec<u8> {
-        soon("the end of the connection", async { while self.more().await {} }).await;
+        soon("the end of the connection", async {
+            while self.more().await {}
+        })
+        .await;
         std::mem::take(&mut self.read)
     }
 
@@ -177,12 +214,23 @@ impl Connection {
             if let Some(at) = self.read.windows(4).position(|four| four == b"\r\n\r\n") {
                 break at + 4;
             }
-            assert!(self.more().await, "closed before a header: {:?}", String::from_utf8_lossy(&self.read));
+            assert!(
+                self.more().await,
+                "closed before a header: {:?}",
+                String::from_utf8_lossy(&self.read)
+            );
         };
         let head: Vec<u8> = self.read.drain(..end).collect();
         let head = String::from_utf8(head).unwrap();
         let mut lines = head.split("\r\n");
-        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let status = lines
+            .next()
+            .unwrap()
+            .split(' ')
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap();
         let headers: Vec<(String, String)> = lines
             .filter(|line| !line.is_empty())
             .map(|line| {
@@ -251,7 +299,13 @@ impl Connection {
 }
 
 /// One request on a connection of its own.
-pub async fn ask(addr: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+pub async fn ask(
+    addr: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> Answer {
     let mut connection = Connection::open(addr).await;
     connection.request(method, path, headers, body).await;
     connection.answer().await

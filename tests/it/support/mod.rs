@@ -69,7 +69,11 @@ pub fn with_fallback(sims: &[&Sim], fallback: &Sim) -> String {
 }
 
 fn upstream(sim: &Sim) -> String {
-    format!("      - {{ name: {}, kind: vllm, url: \"{}\" }}\n", sim.name(), sim.url())
+    format!(
+        "      - {{ name: {}, kind: vllm, url: \"{}\" }}\n",
+        sim.name(),
+        sim.url()
+    )
 }
 
 /// A small chat request.
@@ -122,6 +126,8 @@ pub fn groups_in_order(groups: &[(&str, &[&Sim])]) -> String {
         }
     }
     let ordinary = ordinary.join(", ");
-    yaml.push_str(&format!("routes:\n  - {{ model: \"*\", groups: [{ordinary}]{last} }}\n"));
+    yaml.push_str(&format!(
+        "routes:\n  - {{ model: \"*\", groups: [{ordinary}]{last} }}\n"
+    ));
     yaml
 }
