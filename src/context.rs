@@ -6,7 +6,6 @@
 
 use std::{
     borrow::Cow,
-    fmt,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -15,6 +14,7 @@ use std::{
 use http::{HeaderMap, Method};
 
 use crate::openai::{ApiRequest, Usage};
+pub use crate::pattern::Pattern;
 
 /// One client request, from its header to its end.
 #[derive(Debug)]
@@ -81,52 +81,6 @@ impl Principal {
     /// Returns whether the key may ask for this model.
     pub fn may_use(&self, model: &str) -> bool {
         self.models.is_empty() || self.models.iter().any(|pattern| pattern.matches(model))
-    }
-}
-
-/// A name in which `*` stands for any text, also for none.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Pattern(Box<str>);
-
-impl Pattern {
-    /// Makes a pattern; every text is one.
-    pub fn new(text: impl Into<Box<str>>) -> Self {
-        Self(text.into())
-    }
-
-    /// Returns the text of the pattern.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// Returns the name if the pattern is one, without any `*`.
-    pub fn exact(&self) -> Option<&str> {
-        (!self.0.contains('*')).then_some(&*self.0)
-    }
-
-    /// Returns whether `name` fits; in time linear in both for one `*`, and
-    /// never worse than their product.
-    pub fn matches(&self, name: &str) -> bool {
-        let mut parts = self.0.split('*');
-        let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
-            return false;
-        };
-        let Some(last) = parts.next_back() else {
-            return rest.is_empty();
-        };
-        for middle in parts {
-            match rest.split_once(middle) {
-                Some((_, after)) => rest = after,
-                None => return false,
-            }
-        }
-        rest.ends_with(last)
-    }
-}
-
-impl fmt::Display for Pattern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
     }
 }
 
@@ -242,31 +196,4 @@ pub struct Outcome {
     pub bytes_out: u64,
     /// The tokens, if the upstream told.
     pub usage: Option<Usage>,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_star_stands_for_any_text() {
-        for (pattern, name, fits) in [
-            ("qwen*", "qwen2.5:7b", true),
-            ("qwen*", "qwen", true),
-            ("qwen*", "my-qwen", false),
-            ("*", "", true),
-            ("*-coder", "qwen-coder", true),
-            ("a*b*c", "a-b-b-c", true),
-            ("a*b*c", "ac", false),
-            ("ab*ba", "aba", false),
-            ("exact", "exact", true),
-            ("exact", "exactly", false),
-        ] {
-            assert_eq!(
-                Pattern::new(pattern).matches(name),
-                fits,
-                "{pattern} {name}"
-            );
-        }
-    }
 }

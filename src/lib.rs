@@ -23,7 +23,7 @@
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`] | the extension points; siblings do not import each other |
 //! | 1 | [`context`], [`resources`] | one request; what outlives a snapshot |
-//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`logging`] | plain data and pure functions |
+//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`] | plain data and pure functions |
 //!
 //! # Life of a request
 //! 1. `proxy/edge`: the whole header within its deadline, HTTP/1.1 or h2c.
@@ -77,6 +77,7 @@ pub mod gateway;
 pub mod logging;
 pub mod metrics;
 pub mod openai;
+pub mod pattern;
 pub mod plugins;
 pub mod proxy;
 pub mod reload;

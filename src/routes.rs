@@ -336,18 +336,6 @@ impl Routes {
         &self.groups
     }
 
-    /// Returns all upstreams in the order of the file.
-    pub fn upstreams(&self) -> impl Iterator<Item = &Arc<Upstream>> {
-        self.groups.iter().flat_map(|group| &group.upstreams)
-    }
-
-    /// Returns an upstream and its group, by the upstream's name.
-    pub fn find_upstream(&self, name: &str) -> Option<(&Arc<Group>, &Arc<Upstream>)> {
-        self.groups
-            .iter()
-            .find_map(|group| Some((group, group.find(name)?)))
-    }
-
     /// Collects what [`Self::models`] returns.
     fn list(&self, config: &Config) -> Vec<Model> {
         let exact = self.routes.iter().filter_map(|route| route.pattern.exact());
@@ -639,17 +627,6 @@ aliases: { fast: qwen2.5, fastest: fast, gone: nothing }
                 "routes[1].fallback"
             ]
         );
-    }
-
-    #[test]
-    fn upstreams_are_found_by_name_in_the_order_of_the_file() {
-        let routes = routes();
-        let (group, upstream) = routes.find_upstream("gpu-2").unwrap();
-        assert_eq!((&*group.name, &*upstream.name), ("gpus", "gpu-2"));
-        assert!(routes.find_upstream("nobody").is_none());
-        let names: Vec<_> = routes.upstreams().map(|upstream| &*upstream.name).collect();
-        assert_eq!(names, ["gpu-1", "gpu-2", "openai", "ollama", "twin"]);
-        assert_eq!(routes.groups().len(), 4);
     }
 
     #[test]

@@ -116,48 +116,6 @@ impl UpstreamError {
         })
     }
 
-    /// Says whether the upstream does not have the model, which another may.
-    pub fn model_not_found(&self, status: StatusCode) -> bool {
-        if !status.is_client_error() {
-            return false;
-        }
-        let named = [&self.code, &self.kind].into_iter().flatten().any(|word| {
-            matches!(
-                word.as_str(),
-                "model_not_found" | "model_not_supported" | "unknown_model" | "invalid_model"
-            )
-        });
-        if named {
-            return true;
-        }
-        let message = self.message.as_deref().unwrap_or_default();
-        let message = message.to_ascii_lowercase();
-        let missing = [
-            "not found",
-            "does not exist",
-            "doesn't exist",
-            "not exist",
-            "no such",
-            "not a valid model",
-            "unknown model",
-            "is not available",
-        ]
-        .iter()
-        .any(|words| message.contains(words));
-        match status {
-            StatusCode::NOT_FOUND => {
-                self.param.as_deref() == Some("model") || (missing && message.contains("model"))
-            }
-            // OpenRouter and others say 400 to an unknown model.
-            StatusCode::BAD_REQUEST => {
-                message.contains("not a valid model")
-                    || message.contains("unknown model")
-                    || (missing && self.param.as_deref() == Some("model"))
-            }
-            _ => false,
-        }
-    }
-
     /// Turns what is the caller's fault into what he is told: the status, the
     /// message without anything about the upstream, and his `param`.
     pub fn into_client_error(self, status: StatusCode) -> Error {
@@ -622,59 +580,6 @@ mod tests {
             "",
         ] {
             assert!(!read(body).hard_quota(), "{body}");
-        }
-    }
-
-    #[test]
-    fn a_model_that_is_missing_is_told_from_a_path_that_is() {
-        for (status, body) in [
-            (
-                404,
-                r#"{"error":{"message":"The model `nope` does not exist. Valid aliases: tiny.","type":"NotFoundError","param":"model","code":404}}"#,
-            ),
-            (
-                404,
-                r#"{"error":{"message":"The model 'x' does not exist or you do not have access to it.","type":"invalid_request_error","param":null,"code":"model_not_found"}}"#,
-            ),
-            (
-                404,
-                r#"{"error":{"message":"model 'x' not found","type":"not_found_error","param":null,"code":null}}"#,
-            ),
-            (
-                404,
-                r#"{"error":"model \"x\" not found, try pulling it first"}"#,
-            ),
-            (
-                400,
-                r#"{"error":{"message":"x is not a valid model ID","code":400}}"#,
-            ),
-            (400, r#"{"error":{"message":"m","code":"model_not_found"}}"#),
-            (
-                404,
-                r#"{"object":"error","message":"The model `x` does not exist.","type":"NotFoundError","param":null,"code":404}"#,
-            ),
-        ] {
-            let status = StatusCode::from_u16(status).unwrap();
-            assert!(read(body).model_not_found(status), "{body}");
-        }
-        for (status, body) in [
-            (404, r#"{"detail":"Not Found"}"#),
-            (404, "404 page not found"),
-            (
-                400,
-                r#"{"error":{"message":"this model's maximum context length is 8192","param":"messages"}}"#,
-            ),
-            (
-                400,
-                r#"{"error":{"message":"image not found for the model"}}"#,
-            ),
-            (
-                500,
-                r#"{"error":{"message":"model not found","code":"model_not_found"}}"#,
-            ),
-        ] {
-            let status = StatusCode::from_u16(status).unwrap();
-            assert!(!read(body).model_not_found(status), "{body}");
         }
     }
 

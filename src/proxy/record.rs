@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::Live;
+use super::serve::{Done, Live};
 use crate::{
     context::{Ending, Outcome},
     gateway::Gateway,
@@ -23,7 +23,7 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         bytes_in,
         done,
     } = live;
-    let done = done.unwrap_or_else(|| super::Done::left(0));
+    let done = done.unwrap_or_else(|| Done::left(0));
     let ended = done.ended;
     let outcome = Outcome {
         status: ended.status.as_u16(),

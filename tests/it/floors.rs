@@ -13,6 +13,7 @@ const FLOORS: [&[&str]; 6] = [
         "config",
         "openai",
         "client_ip",
+        "pattern",
         "logging",
     ],
     &["context", "resources"],

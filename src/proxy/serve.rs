@@ -1,0 +1,407 @@
+//! One request from its header to its end: the steps before an upstream is
+//! chosen, and what becomes of an exchange that did not answer.
+
+use std::{
+    borrow::Cow,
+    net::{IpAddr, Ipv4Addr},
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use http::{HeaderMap, HeaderValue, StatusCode};
+use pingora::proxy::Session;
+
+use super::{
+    Proxy,
+    body::{self, BodyError},
+    calls::{self, Call},
+    client::{Client, Left, cut, event_stream},
+    exchange::{Ended, Exchange},
+    head, local, respond,
+};
+use crate::{
+    client_ip::client_ip,
+    context::{Ending, RequestContext, Restrict},
+    error::{Error, Result},
+    gateway::Snapshot,
+    openai::{ApiRequest, error_event},
+    plugins::{Chain, Flow, LocalResponse},
+};
+
+/// A request that is counted and will be recorded, once.
+pub(super) struct Live {
+    pub(super) ctx: RequestContext,
+    pub(super) snapshot: Arc<Snapshot>,
+    /// The plugins that saw the header, and so must see the end.
+    pub(super) chain: Option<Arc<Chain>>,
+    pub(super) call: &'static str,
+    pub(super) bytes_in: usize,
+    pub(super) done: Option<Done>,
+}
+
+/// How a request ended, before it is recorded.
+pub(super) struct Done {
+    pub(super) ended: Ended,
+    pub(super) bytes_out: u64,
+}
+
+impl Proxy {
+    /// Starts the account of a request whose header is in.
+    pub(super) fn begin(&self, session: &Session, snapshot: &Arc<Snapshot>) -> Live {
+        let request = session.req_header();
+        let path = request.uri.path();
+        let peer = session
+            .client_addr()
+            .and_then(|address| address.as_inet())
+            .map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address| address.ip());
+        let forwarded = request
+            .headers
+            .get_all("x-forwarded-for")
+            .iter()
+            .filter_map(|value| value.to_str().ok());
+        Live {
+            ctx: RequestContext {
+                id: head::request_id(&request.headers),
+                started: Instant::now(),
+                client_ip: client_ip(peer, forwarded, &snapshot.config().trusted_proxies),
+                method: request.method.clone(),
+                path: Arc::from(start_of(path)),
+                headers: request.headers.clone(),
+                request: None,
+                principal: None,
+                restrict: Restrict::default(),
+                route: Arc::from(""),
+                attempts: Vec::new(),
+            },
+            snapshot: Arc::clone(snapshot),
+            chain: None,
+            call: "unknown",
+            bytes_in: 0,
+            done: None,
+        }
+    }
+
+    /// Ends a request whose handling panicked: 500 if nothing was sent yet, else
+    /// an answer that does not look complete.
+    pub(super) async fn after_panic(&self, session: &mut Session, live: &Live) -> Done {
+        self.gateway.resources.metrics.panics.inc();
+        log::error!("request panicked: id={}", live.ctx.id);
+        let error = Error::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            "internal_error",
+            "the gateway failed on this request",
+        );
+        let error = error.closing();
+        let status = error.status;
+        let code = error.code.clone();
+        let head = session.response_written();
+        if head.is_none_or(|head| head.status.is_informational()) {
+            if let Ok(done) = send_error(session, live, error).await {
+                return done;
+            }
+        } else {
+            cut(session).await;
+        }
+        Done::local(status, code, session.body_bytes_sent())
+    }
+
+    /// Serves the request to its end.
+    ///
+    /// # Errors
+    /// [`Left`]: the client is gone before it had its answer.
+    pub(super) async fn serve(
+        &self,
+        session: &mut Session,
+        live: &mut Live,
+        snapshot: &Snapshot,
+    ) -> std::result::Result<Done, Left> {
+        let served = match self.prepare(session, live, snapshot).await {
+            Ok(Prepared::Call(plan)) => {
+                return self.exchange(session, live, snapshot, &plan).await;
+            }
+            Ok(Prepared::Local(response)) => {
+                let status = response.status;
+                let sent = respond::send(session, with_id(response, &live.ctx.id), false).await;
+                sent.map(|bytes| Done::local(status, None, bytes))
+            }
+            Err(Stopped::Left) => None,
+            Err(Stopped::Refused(error)) => {
+                return send_error(session, live, error).await;
+            }
+        };
+        served.ok_or(Left)
+    }
+
+    /// Everything before an upstream is chosen.
+    async fn prepare(
+        &self,
+        session: &mut Session,
+        live: &mut Live,
+        snapshot: &Snapshot,
+    ) -> std::result::Result<Prepared, Stopped> {
+        let limits = &snapshot.config().limits;
+        head::check(session.req_header(), limits)?;
+        if let Some(http1) = session.as_http1() {
+            head::check_line(&http1.get_headers_raw_bytes())?;
+        }
+        let request = session.req_header();
+        let call = calls::look_up(&request.method, request.raw_path())?;
+        live.call = call.name();
+        let draining = self.draining.load(Ordering::Relaxed);
+        let Call::Model(endpoint) = call else {
+            if !call.is_public() {
+                live.chain = Some(Arc::clone(snapshot.chain()));
+                if let Flow::Respond(answer) = snapshot.chain().on_headers(&mut live.ctx).await? {
+                    return Ok(Prepared::Local(answer));
+                }
+            }
+            let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, draining).await?;
+            return Ok(Prepared::Local(answer));
+        };
+        // With lists per route the body must tell which list it is.
+        let chain_is_known = !snapshot.has_route_chains();
+        if chain_is_known {
+            live.chain = Some(Arc::clone(snapshot.chain()));
+            if let Flow::Respond(answer) = snapshot.chain().on_headers(&mut live.ctx).await? {
+                return Ok(Prepared::Local(answer));
+            }
+        }
+        let metrics = &self.gateway.resources.metrics;
+        let raw = body::read(session, limits, metrics).await?;
+        live.bytes_in = raw.len();
+        let request = ApiRequest::parse(endpoint, raw, limits.json_depth)?;
+        if request.n > limits.n {
+            metrics.limits.with_label_values(&["n"]).inc();
+            let message = format!("`n` must be a whole number from 1 to {}", limits.n);
+            return Err(Error::invalid("invalid_value", message).param("n").into());
+        }
+        let model = request.model.clone();
+        live.ctx.request = Some(request);
+        restrict_by_headers(&mut live.ctx)?;
+        if !chain_is_known {
+            let chain = Arc::clone(snapshot.chain_of(&model));
+            live.chain = Some(Arc::clone(&chain));
+            if let Flow::Respond(answer) = chain.on_headers(&mut live.ctx).await? {
+                return Ok(Prepared::Local(answer));
+            }
+        }
+        if let Some(chain) = live.chain.clone()
+            && let Flow::Respond(answer) = chain.on_request(&mut live.ctx).await?
+        {
+            return Ok(Prepared::Local(answer));
+        }
+        check_pin(&live.ctx)?;
+        // A plugin may have changed the model.
+        let model = live
+            .ctx
+            .request
+            .as_ref()
+            .map_or(model, |request| request.model.clone());
+        let plan = snapshot
+            .routes
+            .plan(&model, &live.ctx.restrict)
+            .map_err(|why| why.into_error(&model))?;
+        live.ctx.route = Arc::clone(&plan.route);
+        Ok(Prepared::Call(Box::new(plan)))
+    }
+
+    async fn exchange(
+        &self,
+        session: &mut Session,
+        live: &mut Live,
+        snapshot: &Snapshot,
+        plan: &crate::routes::Plan,
+    ) -> std::result::Result<Done, Left> {
+        let limits = &snapshot.config().limits;
+        let chain = live
+            .chain
+            .clone()
+            .unwrap_or_else(|| Arc::clone(snapshot.chain()));
+        let streamed = live
+            .ctx
+            .request
+            .as_ref()
+            .is_some_and(|request| request.stream);
+        let mut client = Client::new(session, limits.heartbeat.get(), limits.write_timeout.get());
+        if streamed {
+            client.keep_patient(event_stream(respond::common_headers(&live.ctx.id)));
+        }
+        let metrics = &self.gateway.resources.metrics;
+        let connector = &self.gateway.connector;
+        let exchange = Exchange::new(&mut live.ctx, &chain, connector, metrics, limits);
+        let error = match Box::pin(exchange.run(plan, &mut client)).await {
+            Ok(Ok(ended)) => {
+                let bytes_out = client.bytes_out();
+                return Ok(Done { ended, bytes_out });
+            }
+            Ok(Err(error)) => error,
+            Err(Left) => {
+                let mut done = Done::left(client.bytes_out());
+                done.ended.streamed = streamed;
+                done.ended.first_token = client
+                    .answering_since()
+                    .map(|since| since.duration_since(live.ctx.started));
+                client.abort().await;
+                return Ok(done);
+            }
+        };
+        if !client.head_is_sent() {
+            return send_error(session, live, error).await;
+        }
+        // A comment has gone out under a 200: the error is an event.
+        client.finish(error_event(&error)).await?;
+        let bytes_out = client.bytes_out();
+        Ok(Done {
+            ended: Ended {
+                ending: Ending::Incomplete,
+                streamed: true,
+                ..Ended::local(error.status, error.code)
+            },
+            bytes_out,
+        })
+    }
+}
+
+/// Cuts a path to what a log line needs.
+fn start_of(path: &str) -> &str {
+    const MAX: usize = 256;
+    (0..=MAX)
+        .rev()
+        .find_map(|end| path.get(..end))
+        .filter(|_| path.len() > MAX)
+        .unwrap_or(path)
+}
+
+/// What a request comes to before an upstream is chosen.
+enum Prepared {
+    /// It goes to an upstream.
+    Call(Box<crate::routes::Plan>),
+    /// It is answered here.
+    Local(LocalResponse),
+}
+
+/// Why a request goes no further.
+enum Stopped {
+    Refused(Error),
+    Left,
+}
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<BodyError> for Stopped {
+    fn from(error: BodyError) -> Self {
+        match error {
+            BodyError::Refused(error) => Self::Refused(error),
+            BodyError::Left => Self::Left,
+        }
+    }
+}
+
+/// Reads what a client may say about where its request goes.
+fn restrict_by_headers(ctx: &mut RequestContext) -> Result<()> {
+    match only(&ctx.headers, "x-forebay-local")?.map(HeaderValue::as_bytes) {
+        None | Some(b"0" | b"false") => {}
+        Some(b"1" | b"true") => ctx.restrict.local = true,
+        Some(_) => {
+            let message = "x-forebay-local must be 0 or 1";
+            return Err(Error::invalid("invalid_header", message));
+        }
+    }
+    if let Some(name) = only(&ctx.headers, "x-forebay-upstream")? {
+        match name.to_str() {
+            Ok(name) if !name.is_empty() => ctx.restrict.pin = Some(name.into()),
+            _ => {
+                let message = "x-forebay-upstream must be the name of an upstream";
+                return Err(Error::invalid("invalid_header", message));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the one field of this name: of two, the client may have meant either.
+fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a HeaderValue>> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next();
+    if values.next().is_some() {
+        let message = format!("{name} is there more than once");
+        return Err(Error::invalid("invalid_header", message));
+    }
+    Ok(value)
+}
+
+/// A key may choose an upstream only if its entry says so; without keys
+/// everybody may.
+fn check_pin(ctx: &RequestContext) -> Result<()> {
+    let allowed = ctx.principal.as_ref().is_none_or(|principal| principal.pin);
+    if ctx.restrict.pin.is_none() || allowed {
+        return Ok(());
+    }
+    Err(Error::new(
+        StatusCode::FORBIDDEN,
+        "permission_error",
+        "pin_not_allowed",
+        "this key may not choose an upstream",
+    ))
+}
+
+async fn send_error(
+    session: &mut Session,
+    live: &Live,
+    error: Error,
+) -> std::result::Result<Done, Left> {
+    let extra = who_was_tried(live);
+    let sent = respond::send_error(session, &live.ctx.id, &error, extra).await;
+    let bytes = sent.ok_or(Left)?;
+    if error.status.is_server_error() {
+        let last = live.ctx.attempts.last();
+        log::warn!(
+            "request failed: id={} {error} upstream={} verdict={}",
+            live.ctx.id,
+            last.map_or("-", |attempt| &*attempt.upstream),
+            last.map_or("-", |attempt| attempt.verdict.as_str()),
+        );
+    }
+    let code = error.code;
+    Ok(Done::local(error.status, code, bytes))
+}
+
+/// Tells on an error who was tried last, if anybody was.
+fn who_was_tried(live: &Live) -> HeaderMap {
+    let Some(last) = live.ctx.attempts.last() else {
+        return HeaderMap::new();
+    };
+    let tries = live.ctx.attempts.len();
+    let mut headers =
+        respond::answer_headers(&live.ctx.id, &last.upstream, &last.group, tries, false);
+    headers.remove("x-request-id");
+    headers.remove("x-forebay-fallback");
+    headers
+}
+
+fn with_id(mut response: LocalResponse, id: &str) -> LocalResponse {
+    response.headers.extend(respond::common_headers(id));
+    response
+}
+
+impl Done {
+    fn local(status: StatusCode, error: Option<Cow<'static, str>>, bytes_out: usize) -> Self {
+        Self {
+            ended: Ended::local(status, error),
+            bytes_out: bytes_out as u64,
+        }
+    }
+
+    /// The client left. 499 is nginx's status for it, in logs only.
+    pub(super) fn left(bytes_out: u64) -> Self {
+        let status = StatusCode::from_u16(499).expect("499 is a valid status");
+        let mut ended = Ended::local(status, Some("client_closed".into()));
+        ended.ending = Ending::ClientClosed;
+        Self { ended, bytes_out }
+    }
+}
