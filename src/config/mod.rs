@@ -22,6 +22,7 @@
 //! [`effective`] shows the result with every default filled in.
 
 mod check;
+pub(crate) mod file;
 mod formats;
 mod keywords;
 pub mod limits;

@@ -8,6 +8,11 @@ use std::{borrow::Cow, fmt, path::Path, str::FromStr};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
+use super::file::read_bounded;
+
+/// The largest file that holds a secret.
+const SECRET_MAX: u64 = 64 * 1024;
+
 /// Where a secret is kept: what the YAML says.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub enum SecretRef {
@@ -55,10 +60,13 @@ impl SecretRef {
             },
             Self::File(path) => {
                 let path = base.join(path);
-                std::fs::read_to_string(&path).map_err(|source| SecretError::File {
+                let error = |source| SecretError::File {
                     path: path.display().to_string(),
                     source,
-                })?
+                };
+                let bytes = read_bounded(&path, SECRET_MAX).map_err(error)?;
+                String::from_utf8(bytes)
+                    .map_err(|_bytes| SecretError::Unusable(self.to_string()))?
             }
         };
         let text = text.trim();

@@ -20,8 +20,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fmt, fs,
-    io::{self, Read as _},
+    fmt, io,
     path::Path,
     sync::Arc,
     time::SystemTime,
@@ -34,6 +33,7 @@ use subtle::ConstantTimeEq as _;
 use crate::{
     config::{
         Problem, Problems,
+        file::read_bounded,
         marked::{self, Entry, Item, Marked, Node},
         problem::{Mark, Report, did_you_mean, index_path, key_path, shown},
     },
@@ -153,24 +153,7 @@ fn start(hash: &Hash) -> [u8; 8] {
 
 /// Reads a keys file's bytes, but never more than are allowed.
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
-    // Asked first, since to open a pipe would wait for its writer.
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "it is no regular file",
-        ));
-    }
-    let mut bytes = Vec::new();
-    fs::File::open(path)?
-        .take(FILE_MAX + 1)
-        .read_to_end(&mut bytes)?;
-    if u64::try_from(bytes.len()).is_ok_and(|len| len > FILE_MAX) {
-        return Err(io::Error::new(
-            io::ErrorKind::FileTooLarge,
-            format!("it is larger than {} MiB", FILE_MAX >> 20),
-        ));
-    }
-    Ok(bytes)
+    read_bounded(path, FILE_MAX)
 }
 
 /// Reads a keys file; also returns the hash of its bytes.

@@ -666,7 +666,7 @@ mod tests {
         let (folder, resources) = (Folder::new(""), resources());
         folder.write(&format!("{}# {}", alice(""), "x".repeat(4 << 20)));
         let why = folder.auth(&resources).unwrap_err();
-        assert!(why.message.contains("larger than 4 MiB"), "{why}");
+        assert!(why.message.contains("larger than 4MiB"), "{why}");
         let path = folder.0.join("keys.yaml");
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
