@@ -203,7 +203,7 @@ fn is_broken_pipe(why: &anyhow::Error) -> bool {
 }
 
 fn new_key(name: &str) -> anyhow::Result<ExitCode> {
-    if name.is_empty() || name.len() > 64 || name.contains(char::is_control) {
+    if name.trim().is_empty() || name.len() > 64 || name.contains(char::is_control) {
         bail!("expected a name of 1 to 64 printable characters");
     }
     let token = new_token();

@@ -264,7 +264,8 @@ impl Reader<'_> {
             self.set_key(key);
             return Ok(());
         }
-        let path = self.path();
+        // Only where it is needed: a path is as long as the file is deep.
+        let path = self.given_before().then(|| self.path());
         match self.open.last_mut().map(|open| &mut open.inside) {
             None => self.root = Some(tree),
             Some(Inside::List(items)) => items.push(Item {
@@ -285,6 +286,7 @@ impl Reader<'_> {
                         let message = format!(
                             "this key is given twice: first in line {first}; which one holds?"
                         );
+                        let path = path.unwrap_or_default();
                         self.report.aside(mark, &path, message);
                     }
                 },
@@ -293,6 +295,18 @@ impl Reader<'_> {
             },
         }
         Ok(())
+    }
+
+    /// Returns whether the mapping that is open has its current key already.
+    fn given_before(&self) -> bool {
+        match self.open.last().map(|open| &open.inside) {
+            Some(Inside::Map {
+                entries,
+                key: Some(Key::Name(name, _)),
+                ..
+            }) => entries.contains_key(name),
+            _ => false,
+        }
     }
 
     /// Returns whether the next node is a key.

@@ -33,8 +33,10 @@ pub fn as_events(endpoint: Endpoint, body: &[u8], want_usage: bool) -> Option<By
             put_usage(&mut out, &answer, "text_completion", want_usage);
         }
         Endpoint::Responses => {
-            let event = json!({ "type": "response.completed", "response": answer });
-            put(&mut out, Some("response.completed"), &event);
+            if !answer.is_object() {
+                return None;
+            }
+            put_response(&mut out, answer);
         }
         _ => return None,
     }
@@ -80,6 +82,49 @@ fn put_usage(out: &mut BytesMut, answer: &Value, object: &str, wanted: bool) {
         event.insert("usage".to_owned(), usage.clone());
     }
     put(out, None, &event);
+}
+
+/// The events of a response as OpenAI's streams have them: begun, each item
+/// with its text, then the whole.
+fn put_response(out: &mut BytesMut, answer: Value) {
+    let mut sequence = 0;
+    let mut tell = |name: &str, mut event: Value| {
+        event["type"] = json!(name);
+        event["sequence_number"] = json!(sequence);
+        sequence += 1;
+        put(out, Some(name), &event);
+    };
+    let mut begun = answer.clone();
+    begun["status"] = json!("in_progress");
+    begun["output"] = json!([]);
+    begun["usage"] = Value::Null;
+    tell("response.created", json!({ "response": begun }));
+    let items = answer.get("output").and_then(Value::as_array);
+    for (index, item) in items.into_iter().flatten().enumerate() {
+        let of_item = json!({ "output_index": index, "item": item });
+        tell("response.output_item.added", of_item.clone());
+        let parts = item.get("content").and_then(Value::as_array);
+        for (place, part) in parts.into_iter().flatten().enumerate() {
+            let Some(text) = part.get("text").and_then(Value::as_str) else {
+                continue;
+            };
+            let id = item.get("id").cloned().unwrap_or(Value::Null);
+            let at = json!({ "item_id": id, "output_index": index, "content_index": place });
+            let with = |key: &str, value: &str| {
+                let mut event = at.clone();
+                event[key] = json!(value);
+                event
+            };
+            tell("response.output_text.delta", with("delta", text));
+            tell("response.output_text.done", with("text", text));
+        }
+        tell("response.output_item.done", of_item);
+    }
+    let last = match answer.get("status").and_then(Value::as_str) {
+        Some("incomplete") => "response.incomplete",
+        _ => "response.completed",
+    };
+    tell(last, json!({ "response": answer }));
 }
 
 fn put(out: &mut BytesMut, name: Option<&str>, event: &Value) {
@@ -131,9 +176,37 @@ mod tests {
         let answer = json!({ "id": "x", "choices": [{ "index": 0, "text": "Hi" }] });
         let told = events(Endpoint::Completions, &answer, false);
         assert_eq!(told[0]["choices"][0]["text"], "Hi");
-        let told = events(Endpoint::Responses, &json!({ "id": "r" }), false);
-        assert_eq!(told[0]["type"], "response.completed");
-        assert_eq!(told[0]["response"]["id"], "r");
+    }
+
+    #[test]
+    fn a_response_is_begun_told_and_completed() {
+        let answer = json!({
+            "id": "r", "status": "completed",
+            "output": [{ "id": "m", "type": "message",
+                "content": [{ "type": "output_text", "text": "Hi" }] }],
+        });
+        let told = events(Endpoint::Responses, &answer, false);
+        let types: Vec<_> = told.iter().map(|event| &event["type"]).collect();
+        assert_eq!(
+            types,
+            [
+                "response.created",
+                "response.output_item.added",
+                "response.output_text.delta",
+                "response.output_text.done",
+                "response.output_item.done",
+                "response.completed",
+            ]
+        );
+        assert_eq!(told[0]["response"]["status"], "in_progress");
+        assert_eq!(told[2]["delta"], "Hi");
+        assert_eq!(told[2]["item_id"], "m");
+        assert_eq!(told[5]["response"], answer);
+        assert_eq!(told[5]["sequence_number"], 5);
+        let cut = json!({ "status": "incomplete" });
+        let told = events(Endpoint::Responses, &cut, false);
+        assert_eq!(told[1]["type"], "response.incomplete");
+        assert_eq!(as_events(Endpoint::Responses, b"[]", false), None);
     }
 
     #[test]
