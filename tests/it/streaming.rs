@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::support::{
     Answer, Connection, Gateway, Scripted,
     by_hand::{ByHand, STREAM_HEAD, delta, group_of},
-    chat, chat_stream,
+    chat, chat_stream, eventually,
     http::{build, post, post_chat},
     one_group, sim, soon,
 };
@@ -512,8 +512,9 @@ async fn a_stream_that_dies_after_its_first_token_is_kept_and_ends_with_an_error
     );
     let series = r#"forebay_requests_total{endpoint="chat_completions",outcome="incomplete",route="*",status="200"}"#;
     gateway.metric_becomes(series, faults.len() as f64).await;
-    let lines = gateway.log().matches("ending=incomplete").count();
-    assert_eq!(lines, faults.len(), "{}", gateway.log());
+    let lines = || gateway.log().matches("ending=incomplete").count();
+    eventually("each has its line", async || lines() >= faults.len()).await;
+    assert_eq!(lines(), faults.len(), "{}", gateway.log());
 }
 
 #[tokio::test]

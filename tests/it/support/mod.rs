@@ -18,7 +18,7 @@ use forebay::sim::{Sim, SimOptions};
 use tokio::time::{Instant, interval, timeout};
 
 /// How long anything that should happen may take.
-pub const DEADLINE: Duration = Duration::from_secs(10);
+pub const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Asks again and again until `check` says yes, or panics with `what`.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut check: impl FnMut() -> F) {
