@@ -78,9 +78,7 @@ fn put_usage(out: &mut BytesMut, answer: &Value, object: &str, wanted: bool) {
         return;
     };
     let mut event = chunk(answer, object, &[]);
-    if let Some(event) = event.as_object_mut() {
-        event.insert("usage".to_owned(), usage.clone());
-    }
+    set(&mut event, "usage", usage.clone());
     put(out, None, &event);
 }
 
@@ -89,15 +87,15 @@ fn put_usage(out: &mut BytesMut, answer: &Value, object: &str, wanted: bool) {
 fn put_response(out: &mut BytesMut, answer: Value) {
     let mut sequence = 0;
     let mut tell = |name: &str, mut event: Value| {
-        event["type"] = json!(name);
-        event["sequence_number"] = json!(sequence);
+        set(&mut event, "type", json!(name));
+        set(&mut event, "sequence_number", json!(sequence));
         sequence += 1;
         put(out, Some(name), &event);
     };
     let mut begun = answer.clone();
-    begun["status"] = json!("in_progress");
-    begun["output"] = json!([]);
-    begun["usage"] = Value::Null;
+    set(&mut begun, "status", json!("in_progress"));
+    set(&mut begun, "output", json!([]));
+    set(&mut begun, "usage", Value::Null);
     tell("response.created", json!({ "response": begun }));
     let items = answer.get("output").and_then(Value::as_array);
     for (index, item) in items.into_iter().flatten().enumerate() {
@@ -112,7 +110,7 @@ fn put_response(out: &mut BytesMut, answer: Value) {
             let at = json!({ "item_id": id, "output_index": index, "content_index": place });
             let with = |key: &str, value: &str| {
                 let mut event = at.clone();
-                event[key] = json!(value);
+                set(&mut event, key, json!(value));
                 event
             };
             tell("response.output_text.delta", with("delta", text));
@@ -125,6 +123,13 @@ fn put_response(out: &mut BytesMut, answer: Value) {
         _ => "response.completed",
     };
     tell(last, json!({ "response": answer }));
+}
+
+/// Sets a member of an object; nothing else has members.
+fn set(value: &mut Value, key: &str, member: Value) {
+    if let Some(members) = value.as_object_mut() {
+        members.insert(key.to_owned(), member);
+    }
 }
 
 fn put(out: &mut BytesMut, name: Option<&str>, event: &Value) {
