@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Three times what the upstreams can do: goodput stays at 90 % of its peak, who is turned away
+hears it within 20 ms, and 10 s after the load everything is normal. Then one greedy key among
+nine normal ones: those notice nothing."""
+
+import asyncio
+import time
+from collections import Counter
+
+from common import (
+    Ask,
+    Client,
+    Gateway,
+    Sim,
+    at_rate,
+    keep_asking,
+    main,
+    one_group,
+    percentile,
+    upstream,
+)
+
+SERVICE, SLOTS = 0.1, 4
+CAPACITY = 2 * SLOTS / SERVICE
+
+
+def begin(run, prefix, keys=None):
+    sims = [
+        Sim(run, f"{prefix}-{number}", "--first-token", f"{SERVICE * 1000:.0f}ms")
+        for number in (1, 2)
+    ]
+    upstreams = [upstream(sim, concurrent=SLOTS) for sim in sims]
+    return sims, Gateway(run, one_group(upstreams), keys=keys)
+
+
+async def body(run, given):
+    await three_times(run, given)
+    await one_greedy(run, given)
+
+
+async def three_times(run, given):
+    sims, gateway = begin(run, "gpu")
+    client = Client(run, gateway.addr)
+    good, refused, wrong = [], [], []
+
+    async def one():
+        ask = Ask(run, tokens=2)
+        answer = await client.ask(ask)
+        fault = ask.fault_of(answer)
+        if not fault:
+            good.append((time.monotonic(), answer.seconds))
+        elif answer.status in (429, 503) and answer.headers.get("retry-after", "").isdigit():
+            refused.append((ask.request_id, answer.seconds, answer.status))
+        else:
+            wrong.append((ask.request_id, fault))
+
+    async def goodput(seconds, load):
+        good.clear()
+        until = time.monotonic() + seconds
+        await load
+        return sum(at <= until for at, _ in good) / seconds
+
+    peak_seconds = 3 if given.short else 15
+    until = time.monotonic() + peak_seconds
+    workers = [keep_asking(until, one) for _ in range(2 * SLOTS)]
+    peak = await goodput(peak_seconds, asyncio.gather(*workers))
+    normal = percentile([seconds for _, seconds in good], 0.5)
+
+    load = at_rate(3 * CAPACITY, given.seconds, one)
+    under_load = await goodput(given.seconds, load)
+    waited = percentile([seconds for _, seconds in good], 0.99)
+
+    ended, in_a_row = time.monotonic(), 0
+    while in_a_row < 5 and time.monotonic() < ended + 30:
+        before = len(good)
+        await one()
+        quick = len(good) > before and good[-1][1] < 2 * normal
+        in_a_row = in_a_row + 1 if quick else 0
+    back = time.monotonic() - ended
+    client.close()
+
+    # What a client in Python measures on a busy machine, and what the gateway itself did.
+    seen = percentile([seconds for _, seconds, _ in refused], 0.99)
+    names = {name for name, _, _ in refused}
+    lines = [line for line in gateway.access_lines() if line["request_id"] in names]
+    itself = percentile([line["total_ms"] / 1000 for line in lines], 0.99)
+    run.figure("peak, good answers/s", peak, None, f"of {CAPACITY:.0f}")
+    share = under_load / peak
+    run.figure("goodput under 3x, of peak", share, share >= (0.7 if given.short else 0.9), ">= 0.9")
+    run.figure("turned away", len(refused), len(refused) > 0, "> 0")
+    run.figure("turned away with", dict(Counter(status for *_, status in refused)), None, "")
+    run.figure("rejection p99 s, client", seen, given.short or seen <= 0.02, "<= 0.02")
+    run.figure("rejection p99 s, gateway", itself, given.short or itself <= 0.02, "<= 0.02")
+    run.figure("admitted, p99 s", waited, None, "")
+    run.figure("neither good nor refused", len(wrong), not wrong, "0")
+    run.fail("wrong", wrong)
+    run.figure("normal again after s", back, back <= 10, "<= 10")
+    await run.check_invariants(sims)
+    gateway.stop()
+
+
+async def one_greedy(run, given):
+    """A key that wants three times everything, and nine that want half of it together."""
+    tokens = {name: f"fb_{name}_{'x' * 30}" for name in ["greedy", *map("normal-{}".format, range(9))]}
+    keys = [{"name": name, "sha256": token} for name, token in tokens.items()]
+    sims, gateway = begin(run, "shared", keys)
+    client = Client(run, gateway.addr)
+    failures, seconds, statuses = [], [], Counter()
+
+    async def one(name):
+        ask = Ask(run, tokens=2, key=tokens[name])
+        answer = await client.ask(ask)
+        if name == "greedy":
+            statuses[answer.status or answer.broken] += 1
+            return
+        seconds.append(answer.seconds)
+        if fault := ask.fault_of(answer):
+            failures.append((ask.request_id, fault))
+
+    def normal(length):
+        rate = CAPACITY / 20
+        names = [name for name in tokens if name != "greedy"]
+        return asyncio.gather(*(at_rate(rate, length, lambda n=name: one(n)) for name in names))
+
+    length = 4 if given.short else 30
+    await normal(length)
+    alone = percentile(seconds, 0.99)
+    seconds.clear()
+    greedy = asyncio.create_task(at_rate(3 * CAPACITY, length, lambda: one("greedy")))
+    await normal(length)
+    await greedy
+    client.close()
+    run.figure("greedy key was answered", dict(statuses), None, "")
+    run.figure("failures of normal keys", len(failures), not failures, "0")
+    run.fail("failed", failures)
+    ratio = percentile(seconds, 0.99) / alone
+    run.figure("p99 of normal keys, of alone", ratio, None, "<= 1.2")
+    await run.check_invariants(sims)
+
+
+if __name__ == "__main__":
+    main("overload", 60, 5, body)
