@@ -21,7 +21,7 @@
 //! | 5 | `main`, [`cli`], `demo`, [`server`] | assemble the process |
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
-//! | 2 | [`plugins`], [`upstreams`] | the extension points; siblings do not import each other |
+//! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
 //! | 1 | [`context`], [`resources`] | one request; what outlives a snapshot |
 //! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`] | plain data and pure functions |
 //!
@@ -50,7 +50,8 @@
 //! # Extension points
 //! A plugin is a file in `plugins/` and a line in [`plugins::PLUGINS`]; a
 //! strategy is a file in `upstreams/strategies/` and a line in
-//! [`upstreams::STRATEGIES`]. The lists are `const`, so `grep` finds everything
+//! [`upstreams::STRATEGIES`]; a dialect, what an upstream is spoken to in, is a
+//! file in `dialects/` and a line in [`dialects::DIALECTS`]. The lists are `const`, so `grep` finds everything
 //! there is.
 //!
 //! # Decisions
@@ -72,6 +73,7 @@ pub mod client_ip;
 pub mod config;
 pub mod context;
 mod demo;
+pub mod dialects;
 pub mod error;
 pub mod gateway;
 pub mod logging;

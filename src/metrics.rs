@@ -51,6 +51,8 @@ pub struct Metrics {
     pub limits: IntCounterVec,
     /// Clients that left before their answer was complete.
     pub client_closed: IntCounter,
+    /// Answers to prompts of which an upstream had not read all.
+    pub prompts_cut: IntCounterVec,
     /// Connections to upstreams, by whether they came from the pool.
     pub connections: IntCounterVec,
     /// Reloads of the configuration, by result.
@@ -148,6 +150,11 @@ impl Metrics {
             client_closed: all.counter(
                 "forebay_client_closed_total",
                 "Clients that left before their answer was complete",
+            ),
+            prompts_cut: all.counters(
+                "forebay_prompts_cut_total",
+                "Answers to prompts that an upstream cut to the size of its context",
+                &["upstream"],
             ),
             connections: all.counters(
                 "forebay_upstream_connections_total",

@@ -11,7 +11,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    Catalog, Config, Problem, Problems, Secret, SecretRef, check, marked,
+    Catalog, Config, Problem, Problems, Secret, SecretRef, Upstream, check, marked,
     places::Places,
     problem::{Mark, Report},
     resolve, schema, validate,
@@ -150,6 +150,10 @@ fn typed(
     validate::validate(&config, &places, report);
     let resolved = resolve::resolve(&config, &checked.secrets, &places, base, report);
     resolve::anchor(&mut config, base);
+    let groups = config.groups.values_mut();
+    groups
+        .flat_map(|group| &mut group.upstreams)
+        .for_each(Upstream::fill_in);
     Some((config, resolved, places))
 }
 

@@ -61,7 +61,7 @@ pub use route::Route;
 pub use schema::{Catalog, schema};
 pub use secret::{Secret, SecretError, SecretRef};
 pub use units::{Size, Time};
-pub use upstream::{Group, Kind, ResolvedTimeouts, Timeouts, Tls, Upstream};
+pub use upstream::{Dialect, Group, KeepAlive, Kind, ResolvedTimeouts, Timeouts, Tls, Upstream};
 
 /// Everything that one YAML file says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -53,6 +53,8 @@ pub struct Upstream {
     pub name: String,
     /// What it is; decides the defaults of [`Timeouts`].
     pub kind: Kind,
+    /// What it is spoken to in.
+    pub dialect: Dialect,
     /// Its base URL with any path prefix; `/chat/completions` and the like are
     /// appended to it.
     #[schemars(extend("format" = "base_url"))]
@@ -75,6 +77,17 @@ pub struct Upstream {
     /// lowered to this.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub max_tokens: Option<u64>,
+    /// Of `dialect: ollama`: the largest context, in tokens, that it is asked
+    /// for; the size follows the prompt, in powers of two.
+    #[schemars(range(min = 2048, max = 1_048_576))]
+    pub num_ctx: Option<u32>,
+    /// Of `dialect: ollama`: the CPU threads that it computes with; absent means
+    /// that it decides.
+    #[schemars(range(min = 1, max = 1024))]
+    pub num_thread: Option<u32>,
+    /// Of `dialect: ollama`: how long a model stays loaded after its last
+    /// request; absent means that it decides (5 minutes, mostly).
+    pub keep_alive: Option<KeepAlive>,
     /// The models it serves, as patterns; empty means any that is routed to it.
     #[schemars(extend("format" = "patterns"))]
     pub models: Vec<String>,
@@ -91,6 +104,7 @@ impl Default for Upstream {
         Self {
             name: String::new(),
             kind: Kind::Generic,
+            dialect: Dialect::Openai,
             url: String::new(),
             key: None,
             optional: false,
@@ -98,6 +112,9 @@ impl Default for Upstream {
             weight: 1,
             concurrent: None,
             max_tokens: None,
+            num_ctx: None,
+            num_thread: None,
+            keep_alive: None,
             models: Vec::new(),
             include_usage: true,
             tls: Tls::default(),
@@ -154,6 +171,43 @@ impl fmt::Display for Kind {
             Self::Openai => "openai",
             Self::Generic => "generic",
         })
+    }
+}
+
+/// What an upstream is spoken to in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dialect {
+    /// OpenAI's API: nearly everybody's.
+    #[default]
+    Openai,
+    /// Ollama's own API (`/api/chat`), which alone has a say in the size of the
+    /// context.
+    Ollama,
+}
+
+/// How long Ollama keeps a model loaded after its last request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum KeepAlive {
+    /// This long: `30m`.
+    For(#[schemars(extend("x-min" = "1s", "x-max" = "23h59m"))] Time),
+    /// `-1`: for ever; `0`: not at all.
+    Forever(#[schemars(range(min = -1, max = 0))] i8),
+}
+
+impl KeepAlive {
+    /// What Ollama does unless it is told otherwise.
+    pub const DEFAULT: Duration = Duration::from_secs(300);
+
+    /// Returns how long; `None` for ever.
+    pub fn time(self) -> Option<Duration> {
+        match self {
+            Self::For(time) => Some(time.get()),
+            Self::Forever(..0) => None,
+            Self::Forever(_) => Some(Duration::ZERO),
+        }
     }
 }
 
@@ -217,6 +271,25 @@ pub struct ResolvedTimeouts {
 }
 
 impl Upstream {
+    /// The largest context that an Ollama is asked for unless the YAML says
+    /// more or less: enough for a long conversation, and a few GiB on a model
+    /// that fits a machine without a GPU.
+    const NUM_CTX: u32 = 32_768;
+
+    /// Fills in what follows from `dialect: ollama` where the YAML says nothing:
+    /// its kind, one request at a time (Ollama answers one after the other and
+    /// lets the rest wait for as long as they like), a bound on the context.
+    pub(super) fn fill_in(&mut self) {
+        if self.dialect != Dialect::Ollama {
+            return;
+        }
+        if self.kind == Kind::Generic {
+            self.kind = Kind::Ollama;
+        }
+        self.concurrent.get_or_insert(1);
+        self.num_ctx.get_or_insert(Self::NUM_CTX);
+    }
+
     /// Returns its timeouts, what is not written taken from its kind.
     pub fn resolved_timeouts(&self) -> ResolvedTimeouts {
         let default = self.kind.timeouts();

@@ -11,7 +11,7 @@ use std::{
 use url::{Host, Url};
 
 use super::{
-    Config, Kind, PluginEntry, Upstream, listen_address,
+    Config, Dialect, Kind, PluginEntry, Upstream, listen_address,
     places::Places,
     problem::{Report, did_you_mean, index_path, key_path, shown},
     resolve::upstreams,
@@ -200,6 +200,7 @@ impl Pass<'_> {
                 self.key_problem(&path, "expected either key or this header, found both");
             }
         }
+        self.dialect(path, upstream);
         let Ok(url) = Url::parse(&upstream.url) else {
             return;
         };
@@ -220,9 +221,34 @@ impl Pass<'_> {
             let message = "the key of this upstream travels unencrypted: the URL is http";
             self.warning(&format!("{path}.url"), message);
         }
-        if url.path() == "/" && upstream.kind != Kind::Generic {
+        let below_v1 = upstream.kind != Kind::Generic && upstream.dialect == Dialect::Openai;
+        if url.path() == "/" && below_v1 {
             let message = format!("a base URL of kind {} mostly ends in /v1", upstream.kind);
             self.warning(&format!("{path}.url"), message);
+        }
+    }
+
+    /// What only Ollama's own API has.
+    fn dialect(&mut self, path: &str, upstream: &Upstream) {
+        if upstream.dialect == Dialect::Ollama {
+            if !matches!(upstream.kind, Kind::Generic | Kind::Ollama) {
+                let message = format!(
+                    "expected kind ollama, since the dialect is ollama, found {}",
+                    upstream.kind
+                );
+                self.problem(&format!("{path}.kind"), message);
+            }
+            return;
+        }
+        for (key, is_set) in [
+            ("num_ctx", upstream.num_ctx.is_some()),
+            ("num_thread", upstream.num_thread.is_some()),
+            ("keep_alive", upstream.keep_alive.is_some()),
+        ] {
+            if is_set {
+                let message = "only Ollama's own API knows it: add dialect: ollama";
+                self.key_problem(&format!("{path}.{key}"), message);
+            }
         }
     }
 

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     context::{Ending, Verdict},
+    dialects::Decoder,
     openai::{
         Endpoint, UpstreamError, cursor::is_whole_object, error_in_body, usage_of_body,
         whole::as_events,
@@ -26,6 +27,16 @@ use crate::{
 
 /// The most that is reserved on the word of a `Content-Length`.
 const RESERVE_MAX: usize = 1024 * 1024;
+
+/// The field that says that the upstream has not read all of the prompt.
+const PROMPT_CUT: &str = "x-forebay-prompt-cut";
+
+/// A whole answer in OpenAI's words.
+struct Decoded {
+    body: Bytes,
+    /// Whether the prompt was certainly cut.
+    prompt_cut: bool,
+}
 
 impl Attempt<'_> {
     /// Reads the answer to its end and sends it.
@@ -45,11 +56,16 @@ impl Attempt<'_> {
                 return Ok(Tried::Failed(failure));
             }
         };
+        let decoder = answering.decoder.take();
         answering.release().await;
         let endpoint = self.endpoint();
         if let Some(failure) = find_fault(&body) {
             return Ok(Tried::Failed(failure));
         }
+        let Decoded { body, prompt_cut } = match self.decode(decoder, body) {
+            Ok(decoded) => decoded,
+            Err(failure) => return Ok(Tried::Failed(failure)),
+        };
         self.upstream.health.succeeded();
         let usage = usage_of_body(&body);
         let first_token = self.ctx.started.elapsed();
@@ -62,6 +78,10 @@ impl Attempt<'_> {
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/json"),
         );
+        if prompt_cut {
+            let yes = HeaderValue::from_static("1");
+            head.headers.insert(PROMPT_CUT, yes);
+        }
         if let Err(error) = self.chain.on_response(self.ctx, &mut head).await {
             return Ok(Tried::PassOn(error));
         }
@@ -77,7 +97,7 @@ impl Attempt<'_> {
             // The client waits for events, whatever the upstream sends.
             Some(events) => {
                 let mut out = BytesMut::from(events);
-                if let Some(comment) = self.last_comment(client) {
+                if let Some(comment) = self.last_comment(client, prompt_cut) {
                     out.put_slice(comment.as_bytes());
                 }
                 if endpoint != Endpoint::Responses {
@@ -106,6 +126,22 @@ impl Attempt<'_> {
             first_token: Some(first_token),
             usage,
         }))
+    }
+
+    /// Turns an answer in another dialect into OpenAI's.
+    fn decode(&self, decoder: Option<Box<dyn Decoder>>, body: Bytes) -> Result<Decoded, Failure> {
+        let Some(mut decoder) = decoder else {
+            return Ok(Decoded {
+                body,
+                prompt_cut: false,
+            });
+        };
+        let body = decoder
+            .whole(&body)
+            .map_err(|why| Failure::new(Verdict::Failed, why.to_string()))?;
+        let prompt_cut = decoder.prompt_was_cut();
+        self.note_decoded(prompt_cut);
+        Ok(Decoded { body, prompt_cut })
     }
 
     async fn read_whole(

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, BytesMut};
 use http::{HeaderMap, StatusCode, header};
 use pingora::{connectors::TransportConnector, upstreams::peer::HttpPeer};
 
@@ -21,11 +21,11 @@ use super::{
     verdict::{Failure, Judgement, judge},
 };
 use crate::{
-    config::Kind,
     context::{RequestContext, Verdict},
+    dialects::{self, Call, Decoder, Encoded, Unsupported},
     error::Error,
     metrics::Metrics,
-    openai::{ApiRequest, Edit, Endpoint, UpstreamError, retry_after},
+    openai::{ApiRequest, Endpoint, UpstreamError, retry_after},
     plugins::Chain,
     routes::Step,
     upstreams::Upstream,
@@ -73,9 +73,27 @@ pub(super) struct Answering {
     pub(super) sent_at: Instant,
     /// Whether the upstream was asked for usage that the client did not ask for.
     pub(super) hide_usage: bool,
+    /// Turns the answer into OpenAI's; `None` if it is that already.
+    pub(super) decoder: Option<Box<dyn Decoder>>,
 }
 
 impl Answering {
+    /// Returns whether the answer is a stream of events.
+    fn is_stream(&self) -> bool {
+        let headers = &self.link.head().headers;
+        match &self.decoder {
+            Some(decoder) => decoder.is_stream(headers),
+            None => is_event_stream(headers),
+        }
+    }
+
+    /// Returns whether the upstream has read less of the prompt than it was
+    /// sent, as far as that is certain.
+    pub(super) fn prompt_was_cut(&self) -> bool {
+        let decoder = self.decoder.as_ref();
+        decoder.is_some_and(|decoder| decoder.prompt_was_cut())
+    }
+
     /// Gives the connection back, or closes it if its answer is unread.
     pub(super) async fn release(self) {
         self.link.release(&self.connector, &self.peer).await;
@@ -97,11 +115,17 @@ impl Attempt<'_> {
             .request
             .clone()
             .expect("an exchange has a parsed request");
-        let (wire, hide_usage) = self.wire_request(&request);
-        let answering = match self.open(connector, client, wire, hide_usage).await? {
+        let encoded = match self.encode(&request) {
+            Ok(encoded) => encoded,
+            Err(why) => return Ok(Tried::Failed(Failure::unsupported(why))),
+        };
+        let wire = self.wire_request(&encoded);
+        let mut answering = match self.open(connector, client, wire).await? {
             Ok(answering) => answering,
             Err(failure) => return Ok(Tried::Failed(failure)),
         };
+        answering.hide_usage = encoded.hide_usage;
+        answering.decoder = encoded.decoder;
         let status = answering.link.head().status;
         if !status.is_success() {
             return self.refused(answering, status, client).await;
@@ -121,7 +145,7 @@ impl Attempt<'_> {
             let why = format!("status {}", status.as_u16());
             return Ok(Tried::Failed(Failure::new(Verdict::Failed, why)));
         }
-        if request.stream && is_event_stream(headers) {
+        if request.stream && answering.is_stream() {
             Box::pin(self.relay(answering, client)).await
         } else {
             Box::pin(self.answer(answering, client)).await
@@ -135,7 +159,6 @@ impl Attempt<'_> {
         connector: &Arc<TransportConnector>,
         client: &mut Client<'_>,
         wire: WireRequest,
-        hide_usage: bool,
     ) -> Result<Result<Answering, Failure>, Left> {
         let mut stale = false;
         let mut refused = 0;
@@ -178,7 +201,8 @@ impl Attempt<'_> {
                         peer,
                         connector: Arc::clone(connector),
                         sent_at,
-                        hide_usage,
+                        hide_usage: false,
+                        decoder: None,
                     }));
                 }
                 Err(LinkFailure::Stale(why)) if reused && !stale => {
@@ -286,54 +310,50 @@ impl Attempt<'_> {
         })
     }
 
-    /// Builds the request for this upstream; with whether its usage has to be
-    /// hidden from the client.
-    fn wire_request(&self, request: &ApiRequest) -> (WireRequest, bool) {
-        let upstream = self.upstream;
-        let mut edits = Vec::with_capacity(3);
-        edits.extend(request.model_edit(&self.step.model));
-        if let Some(cap) = upstream.config.max_tokens {
-            edits.extend(request.max_tokens_cap(cap));
-        }
-        let ask = upstream
-            .config
-            .include_usage
-            .then(|| request.ask_usage())
-            .flatten();
-        let hide_usage = ask.is_some();
-        edits.extend(ask);
-        edits.extend(self.words_of_ollama(request));
-        let body = request.edited(&edits);
-        let head = self.wire_head(request, body.len());
-        (WireRequest { head, body }, hide_usage)
+    /// Says the request in the words of this upstream.
+    fn encode(&self, request: &ApiRequest) -> Result<Encoded, Unsupported> {
+        let (upstream, model) = (self.upstream, &*self.step.model);
+        let context = |tokens| upstream.context(model, tokens, Instant::now()).num_ctx;
+        dialects::of(&upstream.config).encode(&Call {
+            request,
+            model,
+            upstream: &upstream.config,
+            context: &context,
+            event_bytes_max: self.limits.event.get(),
+        })
     }
 
-    /// Ollama reads `max_tokens` only, and would ignore the newer spelling.
-    fn words_of_ollama(&self, request: &ApiRequest) -> Option<Edit<'static>> {
-        let wish = request.max_tokens.as_ref()?;
-        let is_ollama = self.upstream.config.kind == Kind::Ollama;
-        if !is_ollama || wish.key != "max_completion_tokens" {
-            return None;
-        }
-        let most = self.upstream.config.max_tokens.unwrap_or(u64::MAX);
-        let tokens = wish.value.min(most).to_string();
-        Some(Edit::set("max_tokens", tokens.into_bytes()))
-    }
-
-    fn wire_head(&self, request: &ApiRequest, length: usize) -> Bytes {
-        let accept: &[u8] = if request.stream {
-            b"text/event-stream"
-        } else {
-            b"application/json"
-        };
-        let length = length.to_string();
+    fn wire_request(&self, encoded: &Encoded) -> WireRequest {
+        let length = encoded.body.len().to_string();
         let fields: [(&str, &[u8]); 4] = [
             ("content-type", b"application/json"),
-            ("accept", accept),
+            ("accept", encoded.accept.as_bytes()),
             ("content-length", length.as_bytes()),
             ("x-request-id", self.ctx.id.as_bytes()),
         ];
-        link::request_head(self.upstream, "POST", request.endpoint.suffix(), &fields)
+        WireRequest {
+            head: link::request_head(self.upstream, "POST", encoded.suffix, &fields),
+            body: encoded.body.clone(),
+        }
+    }
+
+    /// Notes what only an answer in another dialect tells at its end.
+    pub(super) fn note_decoded(&self, prompt_cut: bool) {
+        let upstream = self.upstream;
+        upstream.contexts.answered(&self.step.model, Instant::now());
+        if prompt_cut {
+            let series = self
+                .metrics
+                .prompts_cut
+                .with_label_values(&[&*upstream.name]);
+            series.inc();
+            log::warn!(
+                "prompt cut to the size of the context: id={} upstream={} num_ctx_max={}",
+                self.ctx.id,
+                upstream.name,
+                upstream.config.num_ctx.unwrap_or(0)
+            );
+        }
     }
 
     fn count_connection(&self, reused: bool) {

@@ -12,27 +12,15 @@ use std::{
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::future::join_all;
 use pingora::connectors::TransportConnector;
-use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::link::{self, Link, WireRequest};
-use crate::{routes::Routes, upstreams::Upstream};
+use crate::{dialects, routes::Routes, upstreams::Upstream};
 
 /// How long an upstream has to tell.
 const DEADLINE: Duration = Duration::from_secs(2);
 /// The longest answer that is read.
 const ANSWER_MAX: usize = 4 * 1024 * 1024;
-
-/// The answer, as far as it matters.
-#[derive(Deserialize)]
-struct List {
-    data: Vec<Entry>,
-}
-
-#[derive(Deserialize)]
-struct Entry {
-    id: String,
-}
 
 /// Brings up to date what the upstreams behind patterns say they have.
 ///
@@ -87,11 +75,12 @@ async fn ask(upstream: &Upstream, connector: &TransportConnector) -> Result<Vec<
     let stream = link::connect_anew(connector, &peer)
         .await
         .map_err(|why| why.to_string())?;
+    let dialect = dialects::of(&upstream.config);
     let request = WireRequest {
         head: link::request_head(
             upstream,
             "GET",
-            "/models",
+            dialect.models_suffix(),
             &[("accept", b"application/json")],
         ),
         body: Bytes::new(),
@@ -115,6 +104,5 @@ async fn ask(upstream: &Upstream, connector: &TransportConnector) -> Result<Vec<
     if !status.is_success() {
         return Err(format!("status={}", status.as_u16()));
     }
-    let list: List = serde_json::from_slice(&body).map_err(|why| why.to_string())?;
-    Ok(list.data.into_iter().map(|entry| entry.id).collect())
+    dialect.read_models(&body).map_err(|why| why.to_string())
 }

@@ -411,10 +411,12 @@ impl<'a> Exchange<'a> {
 
     fn after_failure(&mut self, step: &Step, upstream: &Upstream, failure: Failure) -> Next {
         let now = Instant::now();
-        if matches!(
-            failure.verdict,
-            Verdict::Rejected | Verdict::Credential | Verdict::NoModel
-        ) {
+        if failure.unsupported.is_none()
+            && matches!(
+                failure.verdict,
+                Verdict::Rejected | Verdict::Credential | Verdict::NoModel
+            )
+        {
             // It said no, but it is there: a try after it was down ends here.
             upstream.health.succeeded();
         }

@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 
 use super::{
     attempt::{Answering, Attempt, Tried},
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     context::{Ending, Verdict},
+    dialects::DecodeError,
     error::Error,
     openai::{Endpoint, Facts, Frame, Framer, Usage, error_event, inspect, without_usage},
 };
@@ -53,6 +54,31 @@ enum Step {
     Done,
     /// The stream cannot go on.
     Broken(Failure),
+}
+
+impl Relay {
+    /// Gives what has arrived to the framer, as events.
+    fn push(&mut self, piece: &Bytes) -> Result<(), DecodeError> {
+        let Some(decoder) = &mut self.answering.decoder else {
+            self.framer.push(piece);
+            return Ok(());
+        };
+        let mut events = BytesMut::new();
+        let decoded = decoder.push(piece, &mut events);
+        self.framer.push(&events.freeze());
+        decoded
+    }
+
+    /// The upstream has ended its body.
+    fn push_end(&mut self) -> Result<(), DecodeError> {
+        let Some(decoder) = &mut self.answering.decoder else {
+            return Ok(());
+        };
+        let mut events = BytesMut::new();
+        let decoded = decoder.end(&mut events);
+        self.framer.push(&events.freeze());
+        decoded
+    }
 }
 
 impl Attempt<'_> {
@@ -123,11 +149,14 @@ impl Attempt<'_> {
                     return Ok(Err(Failure::new(Verdict::TimedOut, why)));
                 }
             };
-            relay.framer.push(&piece);
+            let fault = relay.push(&piece).err();
             match self.take_events(relay, client).await? {
                 Step::On => {}
                 Step::Done => return Ok(Ok(())),
                 Step::Broken(failure) => return Ok(Err(failure)),
+            }
+            if let Some(fault) = fault {
+                return Ok(Err(self.undecoded(&fault)));
             }
             if relay.committed && !relay.out.is_empty() {
                 client.write(relay.out.split().freeze()).await?;
@@ -178,7 +207,7 @@ impl Attempt<'_> {
             return Ok(broken(Verdict::Cut, error.to_string()));
         }
         if facts.done
-            && let Some(comment) = self.last_comment(client)
+            && let Some(comment) = self.last_comment(client, relay.answering.prompt_was_cut())
         {
             relay.out.put_slice(comment.as_bytes());
         }
@@ -201,6 +230,15 @@ impl Attempt<'_> {
         relay: &mut Relay,
         client: &mut Client<'_>,
     ) -> Result<Result<(), Failure>, Left> {
+        let fault = relay.push_end().err();
+        match self.take_events(relay, client).await? {
+            Step::On => {}
+            Step::Done => return Ok(Ok(())),
+            Step::Broken(failure) => return Ok(Err(failure)),
+        }
+        if let Some(fault) = fault {
+            return Ok(Err(self.undecoded(&fault)));
+        }
         if let Some(frame) = relay.framer.take_tail() {
             let facts = inspect(relay.endpoint, &frame);
             if facts.done {
@@ -270,19 +308,30 @@ impl Attempt<'_> {
         relay.out.put_slice(&frame.raw);
     }
 
-    /// If the head had to go out before this upstream was known, returns the
-    /// comment that says, before the last event, who answered.
-    pub(super) fn last_comment(&self, client: &Client<'_>) -> Option<String> {
-        if !client.head_was_early() {
+    /// If the head went out before all was known that it should say, returns
+    /// the comment that says it before the last event: who answered, and whether
+    /// the prompt was cut.
+    pub(super) fn last_comment(&self, client: &Client<'_>, prompt_cut: bool) -> Option<String> {
+        if !client.head_was_early() && !prompt_cut {
             return None;
         }
-        let who = serde_json::json!({
+        let mut who = serde_json::json!({
             "upstream": &*self.upstream.name,
             "group": &*self.step.group.name,
             "attempts": self.number,
             "fallback": self.step.fallback,
         });
+        if let Some(who) = who.as_object_mut().filter(|_| prompt_cut) {
+            who.insert("prompt_cut".to_owned(), true.into());
+        }
         Some(format!(": forebay {who}\n\n"))
+    }
+
+    fn undecoded(&self, fault: &DecodeError) -> Failure {
+        if let DecodeError::TooLong(_) = fault {
+            self.metrics.limits.with_label_values(&["event"]).inc();
+        }
+        Failure::new(Verdict::Failed, fault.to_string())
     }
 
     fn next_deadline(&self, relay: &Relay) -> Instant {
@@ -299,6 +348,9 @@ impl Attempt<'_> {
     /// Sends the last event, and keeps the upstream's connection if its framing
     /// ends soon too.
     async fn finish(&mut self, mut relay: Relay, client: &mut Client<'_>) -> Result<Ended, Left> {
+        if relay.answering.decoder.is_some() {
+            self.note_decoded(relay.answering.prompt_was_cut());
+        }
         let last = relay.out.split().freeze();
         if client.finish(last).await.is_err() {
             relay.answering.link.close().await;

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use crate::{context::Verdict, error::Error, openai::UpstreamError, upstreams::health::COOL_MAX};
+use crate::{
+    context::Verdict, dialects::Unsupported, error::Error, openai::UpstreamError,
+    upstreams::health::COOL_MAX,
+};
 
 /// A try that did not answer the client, and why.
 #[derive(Debug)]
@@ -16,6 +19,8 @@ pub(super) struct Failure {
     pub(super) status: Option<StatusCode>,
     /// How long the upstream wants to be left alone.
     pub(super) retry_after: Option<Duration>,
+    /// What its dialect has no words for; it was not asked then.
+    pub(super) unsupported: Option<Unsupported>,
     /// What happened, for the log alone.
     pub(super) cause: String,
 }
@@ -27,7 +32,16 @@ impl Failure {
             verdict,
             status: None,
             retry_after: None,
+            unsupported: None,
             cause: cause.into(),
+        }
+    }
+
+    /// Makes the failure of an upstream that cannot be told the request.
+    pub(super) fn unsupported(why: Unsupported) -> Self {
+        Self {
+            unsupported: Some(why),
+            ..Self::new(Verdict::NoModel, "its dialect has no words for the request")
         }
     }
 
@@ -68,6 +82,7 @@ pub(super) fn judge(
         verdict,
         status: Some(status),
         retry_after,
+        unsupported: None,
         cause: format!("status {}", status.as_u16()),
     })
 }
@@ -88,6 +103,9 @@ pub(super) fn give_up(last_answer: Option<&Failure>, wait: Duration, model: &str
         )
         .retry_after(wait);
     };
+    if let Some(unsupported) = &last.unsupported {
+        return unsupported.to_error();
+    }
     match (last.verdict, last.status.map(|status| status.as_u16())) {
         (Verdict::Rejected, Some(429)) => Error::new(
             StatusCode::TOO_MANY_REQUESTS,
@@ -188,6 +206,20 @@ mod tests {
                 })
             ));
         }
+    }
+
+    #[test]
+    fn what_nobody_could_be_told_is_the_callers_to_change() {
+        let failure = Failure::unsupported(Unsupported::param("n", "one answer only"));
+        assert!(!failure.is_ambiguous());
+        let error = give_up(Some(&failure), Duration::from_secs(1), "m");
+        assert_eq!(
+            (error.status.as_u16(), error.param.as_deref()),
+            (400, Some("n"))
+        );
+        let failure = Failure::unsupported(Unsupported::call());
+        let error = give_up(Some(&failure), Duration::from_secs(1), "m");
+        assert_eq!(error.status.as_u16(), 501);
     }
 
     #[test]

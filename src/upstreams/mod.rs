@@ -9,10 +9,12 @@
 //! - [`upstream`]: one upstream: headers, peer, slots
 //! - [`resolve`]: its name's addresses, kept fresh in the background
 //! - [`discovery`]: which models it says it has
+//! - [`context_sizes`]: how large a context its models have, for Ollama
 //! - [`health`]: whether it may be used now
 //! - [`strategies`]: how one of several is chosen; the one list
 //! - [`group`]: upstreams that can stand in for each other
 
+pub mod context_sizes;
 pub mod discovery;
 pub mod group;
 pub mod health;
@@ -22,6 +24,7 @@ pub mod tls;
 pub mod upstream;
 pub mod url;
 
+pub use context_sizes::{Context, ContextSizes};
 pub use discovery::{Discovery, MODELS_MAX};
 pub use group::{BuildError, Group, Pick, Previous};
 pub use health::{Health, State};

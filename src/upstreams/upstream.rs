@@ -30,6 +30,7 @@ use pingora::{
 use tokio::sync::{Notify, futures::Notified};
 
 use super::{
+    context_sizes::{Context, ContextSizes},
     discovery::Discovery,
     health::{Health, Leave},
     resolve::{Addresses, Unresolved},
@@ -66,6 +67,8 @@ pub struct Upstream {
     pub health: Arc<Health>,
     /// Which models it says it has.
     pub discovery: Arc<Discovery>,
+    /// How large a context its models have.
+    pub contexts: Arc<ContextSizes>,
     /// What smooth weighted turns owe it. Belongs to
     /// [`strategies`](super::strategies); nobody else may touch it. Here and not
     /// there so that it goes with the upstream when groups change.
@@ -179,6 +182,7 @@ pub fn build(
     let discovery = previous
         .filter(same_health)
         .map_or_else(Arc::default, |old| Arc::clone(&old.discovery));
+    let contexts = previous.map_or_else(Arc::default, |old| Arc::clone(&old.contexts));
     let health = match previous.filter(same_health) {
         Some(old) => Arc::clone(&old.health),
         None if off => Arc::new(Health::off(now)),
@@ -207,6 +211,7 @@ pub fn build(
         ),
         health,
         discovery,
+        contexts,
         credit: AtomicI64::new(0),
         models: config
             .models
@@ -256,6 +261,17 @@ impl Upstream {
     /// Returns the patterns of what it serves; empty means any.
     pub fn models(&self) -> &[Pattern] {
         &self.models
+    }
+
+    /// Chooses the context that a model is to have for a request of so many
+    /// tokens: of Ollama only, within `num_ctx`.
+    pub fn context(&self, model: &str, tokens: u32, now: Instant) -> Context {
+        let most = self.config.num_ctx.unwrap_or(u32::MAX);
+        let kept = match self.config.keep_alive {
+            Some(keep_alive) => keep_alive.time(),
+            None => Some(config::KeepAlive::DEFAULT),
+        };
+        self.contexts.choose(model, tokens, most, kept, now)
     }
 
     /// Takes a slot whatever its health is; `None` at `concurrent`. For the
@@ -364,10 +380,13 @@ fn keep<T>(errors: &mut Vec<UpstreamError>, result: Result<T, UpstreamError>) ->
 }
 
 fn base_url(config: &config::Upstream) -> Result<(BaseUrl, HeaderValue), UpstreamError> {
-    let base: BaseUrl = config
+    let mut base: BaseUrl = config
         .url
         .parse()
         .map_err(|why| UpstreamError::new("url", why))?;
+    if config.dialect == config::Dialect::Ollama {
+        base = base.above_v1();
+    }
     let host =
         HeaderValue::try_from(base.authority()).map_err(|why| UpstreamError::new("url", why))?;
     Ok((base, host))

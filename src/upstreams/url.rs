@@ -71,6 +71,16 @@ impl BaseUrl {
         }
     }
 
+    /// Returns the place above a final `/v1`: where the API begins that a server
+    /// has beside OpenAI's.
+    #[must_use]
+    pub fn above_v1(mut self) -> Self {
+        if let Some(above) = self.prefix.strip_suffix("/v1") {
+            self.prefix = above.into();
+        }
+        self
+    }
+
     /// Returns whether TLS is spoken.
     pub fn is_tls(&self) -> bool {
         self.scheme == Scheme::Https
@@ -159,6 +169,19 @@ mod tests {
             ("http://gpu-1/a%20b/v1", "/a%20b/v1/chat/completions"),
         ] {
             assert_eq!(base(text).target("/chat/completions"), target, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_servers_own_api_is_beside_v1() {
+        for (text, target) in [
+            ("http://127.0.0.1:11434", "/api/chat"),
+            ("http://127.0.0.1:11434/", "/api/chat"),
+            ("http://127.0.0.1:11434/v1", "/api/chat"),
+            ("http://host/ollama/v1/", "/ollama/api/chat"),
+            ("http://host/v11", "/v11/api/chat"),
+        ] {
+            assert_eq!(base(text).above_v1().target("/api/chat"), target, "{text}");
         }
     }
 

@@ -17,7 +17,7 @@ const FLOORS: [&[&str]; 6] = [
         "logging",
     ],
     &["context", "resources"],
-    &["plugins", "upstreams"],
+    &["plugins", "upstreams", "dialects"],
     &["gateway", "routes", "status"],
     &["proxy", "admin", "reload", "sim"],
     &["main", "cli", "server", "demo", "lib"],

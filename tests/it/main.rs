@@ -25,6 +25,7 @@ mod h2c;
 mod leaving;
 mod local;
 mod observability;
+mod ollama;
 mod reload;
 mod routing;
 mod smoke;

@@ -33,10 +33,30 @@ pub struct Request {
     pub body: Vec<u8>,
 }
 
+impl Request {
+    /// Its target: path and query.
+    pub fn target(&self) -> &str {
+        self.head.split(' ').nth(1).unwrap()
+    }
+
+    /// Its body as JSON.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap()
+    }
+}
+
 impl Scripted {
     /// Answers every request with these bytes and keeps the connection open.
     pub async fn always(answer: impl Into<Vec<u8>>) -> Self {
-        Self::start(answer.into(), None).await
+        Self::start(vec![(String::new(), answer.into())], None).await
+    }
+
+    /// Answers with the bytes of the first target that the request's begins
+    /// with; anything else as Ollama does what it does not know.
+    pub async fn by_target(answers: &[(&str, Vec<u8>)]) -> Self {
+        let answers = answers.iter();
+        let answers = answers.map(|(target, answer)| ((*target).to_owned(), answer.clone()));
+        Self::start(answers.collect(), None).await
     }
 
     /// The same over TLS, with a certificate of [`tls_file`]: `server` or
@@ -51,10 +71,12 @@ impl Scripted {
             .with_no_client_auth()
             .with_single_cert(certificates, key)
             .unwrap();
-        Self::start(answer.into(), Some(Arc::new(config).into())).await
+        let answers = vec![(String::new(), answer.into())];
+        Self::start(answers, Some(Arc::new(config).into())).await
     }
 
-    async fn start(answer: Vec<u8>, tls: Option<TlsAcceptor>) -> Self {
+    async fn start(answers: Vec<(String, Vec<u8>)>, tls: Option<TlsAcceptor>) -> Self {
+        let answers = Arc::new(answers);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -63,13 +85,13 @@ impl Scripted {
             let mut connections = JoinSet::new();
             for number in 1.. {
                 let (stream, _) = listener.accept().await.unwrap();
-                let (answer, seen, tls) = (answer.clone(), Arc::clone(&seen), tls.clone());
+                let (answers, seen, tls) = (Arc::clone(&answers), Arc::clone(&seen), tls.clone());
                 connections.spawn(async move {
                     match tls {
-                        None => serve(stream, number, &answer, &seen).await,
+                        None => serve(stream, number, &answers, &seen).await,
                         // A client that does not trust us ends the handshake.
                         Some(tls) => match tls.accept(stream).await {
-                            Ok(stream) => serve(stream, number, &answer, &seen).await,
+                            Ok(stream) => serve(stream, number, &answers, &seen).await,
                             Err(_) => None,
                         },
                     }
@@ -131,7 +153,7 @@ pub fn json(status: u16, body: &str) -> Vec<u8> {
 async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     connection: u64,
-    answer: &[u8],
+    answers: &[(String, Vec<u8>)],
     seen: &Mutex<Vec<Request>>,
 ) -> Option<()> {
     let mut read = Vec::new();
@@ -152,12 +174,16 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
             more(&mut stream, &mut read).await?;
         }
         let body = read.drain(..length).collect();
+        let target = head.split(' ').nth(1).unwrap();
+        let found = answers.iter().find(|(begin, _)| target.starts_with(begin));
+        let unknown = answer(404, &[("content-type", "text/plain")], "404 page not found");
+        let answer = found.map_or(unknown, |(_, answer)| answer.clone());
         seen.lock().unwrap().push(Request {
             connection,
             head,
             body,
         });
-        stream.write_all(answer).await.ok()?;
+        stream.write_all(&answer).await.ok()?;
         stream.flush().await.ok()?;
     }
 }

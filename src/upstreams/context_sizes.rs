@@ -1,0 +1,161 @@
+//! How large a context each model of an Ollama has at the moment.
+//!
+//! A request for another size makes Ollama load the model anew, which takes
+//! seconds to minutes. So the sizes are powers of two, and one only grows until
+//! the model has been idle for so long that Ollama has unloaded it; then the
+//! next request chooses freely.
+//!
+//! Nothing here asks: what is known is what was asked for.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// The smallest context that is asked for, in tokens.
+pub const CONTEXT_MIN: u32 = 2048;
+
+/// The most models that are remembered of one upstream; beyond, the one that
+/// was asked longest ago is forgotten.
+const MODELS_MAX: usize = 64;
+
+/// The contexts of one upstream's models.
+#[derive(Debug, Default)]
+pub struct ContextSizes {
+    models: Mutex<HashMap<Box<str>, Model>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Model {
+    num_ctx: u32,
+    used: Instant,
+}
+
+/// A context to ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Context {
+    /// Tokens.
+    pub num_ctx: u32,
+    /// Whether the model will most likely be loaded for it, as far as this
+    /// gateway knows.
+    pub loads: bool,
+}
+
+impl ContextSizes {
+    /// Chooses a context in which `tokens` fit, of at most `most` tokens: a
+    /// power of two, or `most` itself. `kept` is how long an idle model stays
+    /// loaded; `None` for ever.
+    pub fn choose(
+        &self,
+        model: &str,
+        tokens: u32,
+        most: u32,
+        kept: Option<Duration>,
+        now: Instant,
+    ) -> Context {
+        let wanted = tokens
+            .max(CONTEXT_MIN)
+            .checked_next_power_of_two()
+            .map_or(most, |size| size.min(most));
+        let mut models = self.lock();
+        let idle = |model: &Model| now.saturating_duration_since(model.used);
+        let loaded = models
+            .get(model)
+            .filter(|model| kept.is_none_or(|kept| idle(model) < kept))
+            .map(|model| model.num_ctx.min(most));
+        let num_ctx = loaded.map_or(wanted, |loaded| loaded.max(wanted));
+        if models.len() >= MODELS_MAX && !models.contains_key(model) {
+            let oldest = models.iter().min_by_key(|(_, model)| model.used);
+            if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
+                models.remove(&oldest);
+            }
+        }
+        models.insert(model.into(), Model { num_ctx, used: now });
+        Context {
+            num_ctx,
+            loads: loaded != Some(num_ctx),
+        }
+    }
+
+    /// Notes that a model has just answered: it is loaded, and stays so from now
+    /// on.
+    pub fn answered(&self, model: &str, now: Instant) {
+        if let Some(model) = self.lock().get_mut(model) {
+            model.used = now;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Box<str>, Model>> {
+        // The map is whole between any two of its calls.
+        self.models.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEPT: Option<Duration> = Some(Duration::from_secs(300));
+
+    #[test]
+    fn sizes_are_powers_of_two_between_the_least_and_the_most() {
+        for (tokens, num_ctx) in [
+            (0, 2048),
+            (2048, 2048),
+            (2049, 4096),
+            (9000, 16_384),
+            (20_000, 20_000),
+            (u32::MAX, 20_000),
+        ] {
+            let sizes = ContextSizes::default();
+            let chosen = sizes.choose("m", tokens, 20_000, KEPT, Instant::now());
+            assert_eq!(chosen.num_ctx, num_ctx, "{tokens}");
+        }
+    }
+
+    #[test]
+    fn a_size_only_grows_while_the_model_is_loaded() {
+        let sizes = ContextSizes::default();
+        let now = Instant::now();
+        let choose = |tokens, now| sizes.choose("m", tokens, 32_768, KEPT, now);
+        let of = |num_ctx, loads| Context { num_ctx, loads };
+        assert_eq!(choose(100, now), of(2048, true));
+        assert_eq!(choose(5000, now), of(8192, true));
+        assert_eq!(choose(100, now), of(8192, false));
+        let later = now + Duration::from_secs(290);
+        sizes.answered("m", later);
+        assert_eq!(
+            choose(100, later + Duration::from_secs(290)),
+            of(8192, false)
+        );
+        assert_eq!(
+            choose(100, later + Duration::from_secs(600)),
+            of(2048, true)
+        );
+    }
+
+    #[test]
+    fn a_model_that_is_kept_for_ever_never_shrinks_and_one_that_is_not_always_does() {
+        let sizes = ContextSizes::default();
+        let now = Instant::now();
+        let year = now + Duration::from_secs(31_000_000);
+        sizes.choose("m", 5000, 32_768, None, now);
+        assert_eq!(sizes.choose("m", 1, 32_768, None, year).num_ctx, 8192);
+        let none = Some(Duration::ZERO);
+        assert_eq!(sizes.choose("m", 1, 32_768, none, year).num_ctx, 2048);
+    }
+
+    #[test]
+    fn models_do_not_share_a_size_and_their_number_is_bounded() {
+        let sizes = ContextSizes::default();
+        let now = Instant::now();
+        for nth in 0..200 {
+            let at = now + Duration::from_millis(nth);
+            sizes.choose(&nth.to_string(), 5000, 32_768, KEPT, at);
+        }
+        assert_eq!(sizes.lock().len(), MODELS_MAX);
+        assert!(!sizes.choose("199", 1, 32_768, KEPT, now).loads);
+        assert_eq!(sizes.choose("0", 1, 32_768, KEPT, now).num_ctx, 2048);
+    }
+}
