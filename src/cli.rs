@@ -124,6 +124,7 @@ fn load(path: Option<&Path>) -> Result<Loaded, config::Problems> {
 }
 
 fn serve(file: &ConfigFile) -> anyhow::Result<ExitCode> {
+    server::survive_hangups();
     let path = find(file);
     let loaded = match load(path.as_deref()) {
         Ok(loaded) => loaded,

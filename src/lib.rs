@@ -23,7 +23,7 @@
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
 //! | 1 | [`context`], [`resources`] | one request; what outlives a snapshot |
-//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`] | plain data and pure functions |
+//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
 //! 1. `proxy/edge`: the whole header within its deadline, HTTP/1.1 or h2c.
@@ -78,6 +78,7 @@ pub mod error;
 pub mod gateway;
 pub mod logging;
 pub mod metrics;
+mod open_files;
 pub mod openai;
 pub mod pattern;
 pub mod plugins;

@@ -47,6 +47,15 @@ pub struct Metrics {
     pub tokens: IntCounterVec,
     /// Bytes of request and answer bodies.
     pub body_bytes: IntCounterVec,
+    /// Connections that clients have open.
+    pub client_connections: IntGauge,
+    /// The most that they may have: `limits.connections`, or what the open
+    /// files allow.
+    pub client_connections_max: IntGauge,
+    /// Bytes of request bodies in memory.
+    pub bodies: IntGauge,
+    /// The most of them: `limits.bodies`.
+    pub bodies_max: IntGauge,
     /// How often a limit was hit, by its name.
     pub limits: IntCounterVec,
     /// Clients that left before their answer was complete.
@@ -141,6 +150,19 @@ impl Metrics {
                 "forebay_body_bytes_total",
                 "Bytes of bodies received from and sent to clients",
                 &["direction"],
+            ),
+            client_connections: all.gauge(
+                "forebay_client_connections",
+                "Connections that clients have open",
+            ),
+            client_connections_max: all.gauge(
+                "forebay_client_connections_max",
+                "The most connections that clients may have open",
+            ),
+            bodies: all.gauge("forebay_request_bodies_bytes", "Request bodies in memory"),
+            bodies_max: all.gauge(
+                "forebay_request_bodies_bytes_max",
+                "The most bytes of request bodies in memory",
             ),
             limits: all.counters(
                 "forebay_limit_hits_total",

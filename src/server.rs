@@ -13,7 +13,8 @@ use std::{
 use async_trait::async_trait;
 use pingora::{
     apps::HttpServerOptions,
-    protocols::http::v2::server::default_h2_options,
+    listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions},
+    protocols::{TcpKeepalive, http::v2::server::default_h2_options},
     proxy::http_proxy,
     server::{
         RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch,
@@ -33,7 +34,8 @@ use crate::{
     admin::Admin,
     gateway::Gateway,
     logging::LogHandle,
-    proxy::{Edge, Proxy},
+    open_files,
+    proxy::{Connections, Edge, Proxy},
     reload::Reloader,
     upstreams::resolve,
 };
@@ -48,6 +50,11 @@ const H2_IDLE: Duration = Duration::from_secs(300);
 /// connection. HTTP/2's own 64 KiB makes large uploads crawl.
 const H2_STREAM_WINDOW: u32 = 1024 * 1024;
 const H2_CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+/// How much of an answer is kept for a stream of HTTP/2 whose client is slow.
+const H2_SEND_BUFFER: usize = 128 * 1024;
+/// How much of an answer the system keeps for a client that is slow: it takes
+/// twice this, where it would take megabytes by itself.
+const SEND_BUFFER: usize = 128 * 1024;
 
 /// Why the process cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -94,9 +101,14 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     server.bootstrap();
 
     let draining = Arc::new(AtomicBool::new(false));
+    let connections = Arc::new(count_connections(&gateway));
     let mut proxy = http_proxy(
         &server.configuration,
-        Proxy::new(Arc::clone(&gateway), Arc::clone(&draining)),
+        Proxy::new(
+            Arc::clone(&gateway),
+            Arc::clone(&draining),
+            Arc::clone(&connections),
+        ),
     );
     let mut options = HttpServerOptions::default();
     options.h2c = true;
@@ -106,11 +118,12 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     proxy.server_options = Some(options);
     let mut h2 = default_h2_options();
     h2.initial_window_size(H2_STREAM_WINDOW)
-        .initial_connection_window_size(H2_CONNECTION_WINDOW);
+        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .max_send_buffer_size(H2_SEND_BUFFER);
     proxy.h2_options = Some(h2);
-    let edge = Edge::new(proxy, config.limits.header_timeout.get());
+    let edge = Edge::new(proxy, Arc::clone(&gateway), connections);
     let mut data = Service::new("data".to_owned(), edge);
-    data.add_tcp(&config.listen);
+    data.add_listener(listener(&config.listen));
     server.add_service(data);
 
     let mut admin = Service::new("admin".to_owned(), Admin::new(Arc::clone(&gateway)));
@@ -150,6 +163,57 @@ fn try_listen(key: &'static str, address: &str) -> Result<(), StartError> {
         .parse()
         .map_err(|why| error(std::io::Error::other(why)))?;
     TcpListener::bind(parsed).map(drop).map_err(error)
+}
+
+/// Catches SIGHUP from now on, whoever listens to it later: until somebody does,
+/// it would end the process.
+///
+/// tokio installs its handler for good with the first listener. A hangup that
+/// nobody hears yet asks for nothing: the configuration was just read.
+pub(crate) fn survive_hangups() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    if let Ok(runtime) = runtime {
+        let _guard = runtime.enter();
+        if let Err(why) = signal(SignalKind::hangup()) {
+            log::warn!("SIGHUP cannot be handled: {why}");
+        }
+    }
+}
+
+/// Begins to count clients' connections; at most as many as the open files
+/// allow, of which each may need two.
+fn count_connections(gateway: &Gateway) -> Connections {
+    let wanted = gateway.snapshot().config().limits.connections;
+    let files = open_files::raise();
+    let ceiling = files.map_or(usize::MAX, open_files::clients);
+    if let Some(files) = files
+        && ceiling < wanted
+    {
+        log::warn!(
+            "fewer connections than limits.connections: allowed={ceiling} wanted={wanted} open_files={files}"
+        );
+    }
+    Connections::new(Arc::clone(&gateway.resources.metrics), ceiling)
+}
+
+/// Describes the data listener.
+fn listener(address: &str) -> ListenerConfig {
+    let mut options = TcpSocketOptions::default();
+    options.tcp_snd_buf = Some(SEND_BUFFER);
+    // A client that vanished while an upstream thinks is noticed after a minute.
+    options.tcp_keepalive = Some(TcpKeepalive {
+        idle: Duration::from_secs(30),
+        interval: Duration::from_secs(10),
+        count: 3,
+        #[cfg(target_os = "linux")]
+        user_timeout: Duration::ZERO,
+    });
+    ListenerConfig::tcp(address)
+        .tcp_socket_options(options)
+        // Pingora's sessions and the h2 crate have buffers of their own.
+        .l4_buffer(L4BufferSettings::default().read(0))
 }
 
 /// Keeps the addresses of the live upstreams fresh.

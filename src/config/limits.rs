@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Size, Time};
 
-/// Bounds on one request and one connection.
+/// Bounds on one request, one connection, and all of them together.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
@@ -27,12 +27,21 @@ pub struct Limits {
     /// The most answers to one request (`n`); 400 beyond it.
     #[schemars(range(min = 1, max = 128))]
     pub n: u32,
-    /// The time a client has for its whole request header.
+    /// The time a client has for its whole request header, from its first byte
+    /// (on a new connection: from the connection) to its last.
     #[schemars(extend("x-min" = "100ms", "x-max" = "10m"))]
     pub header_timeout: Time,
     /// The time a client has for its whole request body; 408 beyond it.
     #[schemars(extend("x-min" = "100ms", "x-max" = "1h"))]
     pub body_timeout: Time,
+    /// The least bytes per second of a request body, counted once it has taken
+    /// longer than `header_timeout`; 408 below it.
+    #[schemars(extend("x-min" = "1B", "x-max" = "1GiB"))]
+    pub body_rate: Size,
+    /// The most bytes of request bodies in memory, all requests together; 503
+    /// beyond it.
+    #[schemars(extend("x-min" = "1MiB", "x-max" = "1TiB"))]
+    pub bodies: Size,
     /// Tries per group; the fallback group always gets at least one.
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
@@ -49,6 +58,14 @@ pub struct Limits {
     /// How long nothing of an answer may be writable to a client that does not read.
     #[schemars(extend("x-min" = "100ms", "x-max" = "1h"))]
     pub write_timeout: Time,
+    /// The most client connections at once; 503 beyond it. Never more than half
+    /// of the files that the process may open.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub connections: usize,
+    /// The most connections from one address (of IPv6: one /64 network), those
+    /// in `trusted_proxies` excepted; 503 beyond it.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub connections_per_ip: usize,
     /// How long an idle client connection is kept.
     #[schemars(extend("x-min" = "1s", "x-max" = "1h"))]
     pub keep_alive: Time,
@@ -75,11 +92,15 @@ impl Default for Limits {
             n: 8,
             header_timeout: Time::secs(10),
             body_timeout: Time::secs(60),
+            body_rate: Size::kib(1),
+            bodies: Size::mib(512),
             attempts: 3,
             total_timeout: Time::secs(600),
             stream_timeout: Time::secs(1800),
             heartbeat: Time::secs(15),
             write_timeout: Time::secs(60),
+            connections: 10_000,
+            connections_per_ip: 256,
             keep_alive: Time::secs(75),
             keep_alive_requests: 1000,
             event: Size::mib(1),

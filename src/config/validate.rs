@@ -141,6 +141,13 @@ impl Pass<'_> {
             );
             self.problem("limits.uri", message);
         }
+        if limits.bodies < limits.body {
+            let message = format!(
+                "expected at least limits.body ({}), which has to fit into it, found {}",
+                limits.body, limits.bodies
+            );
+            self.problem("limits.bodies", message);
+        }
         if limits.stream_timeout <= limits.heartbeat {
             let message = format!(
                 "expected more than limits.heartbeat ({}), found {}: no stream would live to its first heartbeat",

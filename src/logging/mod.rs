@@ -16,6 +16,7 @@ mod access;
 mod line;
 mod queue;
 mod rotate;
+mod seldom;
 mod sinks;
 
 use std::{
@@ -36,6 +37,7 @@ use prometheus::IntCounter;
 pub use access::{AccessLine, write_access};
 use queue::Queue;
 use rotate::{Bounds, RotatingFile};
+pub use seldom::Seldom;
 use sinks::Sinks;
 
 use crate::config::{Log as LogConfig, LogLevel};

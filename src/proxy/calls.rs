@@ -47,7 +47,7 @@ impl Call {
     }
 }
 
-/// Looks up the exact method and path. No path is normalised: `//`, `%2e` and
+/// Looks up the exact method and path; `HEAD` is answered wherever `GET` is. No path is normalised: `//`, `%2e` and
 /// `;` are other paths, and unknown.
 ///
 /// # Errors
@@ -65,7 +65,8 @@ pub(super) fn look_up(method: &Method, target: &[u8]) -> Result<Call> {
     if *method == Method::POST {
         return Endpoint::of_path(path).map(Call::Model).ok_or_else(unknown);
     }
-    if *method != Method::GET {
+    // HEAD is GET without the body, which is left out where it is sent.
+    if *method != Method::GET && *method != Method::HEAD {
         return Err(unknown());
     }
     match path {
@@ -136,8 +137,10 @@ mod tests {
             assert_eq!(call(Method::POST, target), None, "{target}");
             assert_eq!(call(Method::GET, target), None, "{target}");
         }
-        for method in [Method::TRACE, Method::OPTIONS, Method::PUT, Method::HEAD] {
+        for method in [Method::TRACE, Method::OPTIONS, Method::PUT] {
             assert_eq!(call(method, "/v1/models"), None);
         }
+        assert_eq!(call(Method::HEAD, "/v1/models"), Some(Call::Models));
+        assert_eq!(call(Method::HEAD, "/v1/embeddings"), None);
     }
 }

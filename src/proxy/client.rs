@@ -16,7 +16,7 @@ use http::{HeaderValue, StatusCode, Version, header};
 use pingora::{http::ResponseHeader, proxy::Session};
 use tokio::time::{sleep_until, timeout};
 
-use super::io;
+use super::guarded::guarded;
 use crate::plugins::ResponseHead;
 
 /// What an SSE stream says to keep a connection from looking dead; comments
@@ -220,8 +220,8 @@ impl<'a> Client<'a> {
 /// for nothing, and neither does Pingora after it.
 pub(super) async fn cut(session: &mut Session) {
     session.set_keepalive(None);
-    if let Some(guarded) = session.stream().and_then(io::guarded) {
-        guarded.cut();
+    if let Some(stream) = session.stream().and_then(guarded) {
+        stream.cut();
         return;
     }
     session.shutdown().await;

@@ -1,29 +1,41 @@
 //! Around Pingora's proxy: every connection passes here first.
 //!
-//! Pingora bounds each read of a header, not the header: one byte every 59
-//! seconds would hold a connection for ever. The edge gives every connection a
-//! stream that fails when a header as a whole takes too long.
+//! Here it is counted and, if it is one too many, turned away; then it gets a
+//! stream under guard (see `guarded`), and Pingora takes over.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc};
 
 use async_trait::async_trait;
 use pingora::{apps::ServerApp, protocols::Stream, proxy::HttpProxy, server::ShutdownWatch};
 
-use super::{Proxy, io::Guarded};
+use super::{
+    Proxy,
+    connections::Connections,
+    guarded::{Allowed, Guarded},
+    turned_away::TurnedAway,
+};
+use crate::gateway::Gateway;
 
 /// The application behind the data listener.
 pub struct Edge {
     proxy: Arc<HttpProxy<Proxy>>,
-    header_timeout: Duration,
+    gateway: Arc<Gateway>,
+    connections: Arc<Connections>,
+    turned_away: TurnedAway,
 }
 
 impl Edge {
-    /// Puts the edge around a proxy. A client has `header_timeout` for each of
-    /// its request headers.
-    pub fn new(proxy: HttpProxy<Proxy>, header_timeout: Duration) -> Self {
+    /// Puts the edge around a proxy.
+    pub fn new(
+        proxy: HttpProxy<Proxy>,
+        gateway: Arc<Gateway>,
+        connections: Arc<Connections>,
+    ) -> Self {
         Self {
             proxy: Arc::new(proxy),
-            header_timeout,
+            gateway,
+            connections,
+            turned_away: TurnedAway::new(),
         }
     }
 }
@@ -35,11 +47,29 @@ impl ServerApp for Edge {
         stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        let guarded = Box::new(Guarded::new(stream, self.header_timeout));
+        let (admitted, allowed) = {
+            let snapshot = self.gateway.snapshot();
+            let config = snapshot.config();
+            let allowed = Allowed {
+                header: config.limits.header_timeout.get(),
+                write: config.limits.write_timeout.get(),
+            };
+            (self.connections.admit(peer(&stream), config), allowed)
+        };
+        let Ok(admitted) = admitted else {
+            self.turned_away.turn_away(stream).await;
+            return None;
+        };
+        let guarded = Box::new(Guarded::new(stream, allowed, admitted));
         ServerApp::process_new(&self.proxy, guarded, shutdown).await
     }
 
     async fn cleanup(&self) {
         ServerApp::cleanup(&*self.proxy).await;
     }
+}
+
+fn peer(stream: &Stream) -> Option<IpAddr> {
+    let digest = stream.get_socket_digest()?;
+    Some(digest.peer_addr()?.as_inet()?.ip())
 }

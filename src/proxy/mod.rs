@@ -1,8 +1,10 @@
 //! The data plane: from a client's bytes to an upstream's and back.
 //!
-//! - `edge`: around Pingora's proxy: bounds a request's header in time
+//! - `edge`: around Pingora's proxy: counts connections (`connections`), turns
+//!   away those that are too many (`turned_away`), and guards the others
+//!   (`guarded`, `frames`)
 //! - `serve`: one request from its header to its end
-//! - `head`, `calls`, `body`: what a request must be before it counts
+//! - `head`, `calls`, `body` (with `bodies`, their memory): what a request must be before it counts
 //! - `exchange` → `attempt` → `link`: the tries, one try, one connection
 //! - `answer`, `relay`: a whole answer, a stream of events
 //! - `verdict`: what an upstream's answer means, and what the client is told
@@ -17,12 +19,16 @@
 
 mod answer;
 mod attempt;
+mod bodies;
 mod body;
 mod calls;
 mod client;
+mod connections;
 mod discover;
 mod edge;
 mod exchange;
+mod frames;
+mod guarded;
 mod head;
 mod io;
 mod link;
@@ -31,6 +37,7 @@ mod record;
 mod relay;
 mod respond;
 mod serve;
+mod turned_away;
 mod verdict;
 
 use std::{
@@ -50,27 +57,43 @@ use pingora::{
     upstreams::peer::HttpPeer,
 };
 
-pub use self::edge::Edge;
 use self::{
+    bodies::Bodies,
     client::{Left, cut},
     serve::{Done, Live},
 };
+pub use self::{connections::Connections, edge::Edge};
 use crate::gateway::Gateway;
 
 /// How much later than our deadline for a body Pingora's own for one read is.
 const READ_MARGIN: Duration = Duration::from_secs(5);
 
+/// How long an idle connection is kept when most of them are in use.
+const CROWDED_KEEP_ALIVE: Duration = Duration::from_secs(30);
+
 /// The proxy: one per process, shared by every connection.
 pub struct Proxy {
     gateway: Arc<Gateway>,
     draining: Arc<AtomicBool>,
+    connections: Arc<Connections>,
+    bodies: Arc<Bodies>,
 }
 
 impl Proxy {
     /// Makes the proxy of a gateway. While `draining` is set, `/readyz` says so
     /// and connections are not kept.
-    pub fn new(gateway: Arc<Gateway>, draining: Arc<AtomicBool>) -> Self {
-        Self { gateway, draining }
+    pub fn new(
+        gateway: Arc<Gateway>,
+        draining: Arc<AtomicBool>,
+        connections: Arc<Connections>,
+    ) -> Self {
+        let metrics = Arc::clone(&gateway.resources.metrics);
+        Self {
+            gateway,
+            draining,
+            connections,
+            bodies: Arc::new(Bodies::new(metrics)),
+        }
     }
 }
 
@@ -94,7 +117,7 @@ impl ProxyHttp for Proxy {
         session: &mut Session,
         _state: &mut RequestState,
     ) -> pingora::Result<()> {
-        if let Some(guarded) = session.stream().and_then(io::guarded) {
+        if let Some(guarded) = session.stream().and_then(guarded::guarded) {
             guarded.header_is_in();
         }
         let snapshot = self.gateway.snapshot();
@@ -105,7 +128,11 @@ impl ProxyHttp for Proxy {
             // Pingora switches keep-alive off where a connection cannot be
             // trusted (Content-Length with Transfer-Encoding, HTTP/1.0): only
             // what it left on is changed.
-            session.set_keepalive(Some(limits.keep_alive.get().as_secs()));
+            let mut idle = limits.keep_alive.get();
+            if self.connections.is_crowded() {
+                idle = idle.min(CROWDED_KEEP_ALIVE);
+            }
+            session.set_keepalive(Some(idle.as_secs()));
         }
         // A client that pipelines is served in turn instead of being cut off.
         session.set_pipelining_enabled(true);
@@ -147,7 +174,7 @@ impl ProxyHttp for Proxy {
         _error: Option<&pingora::Error>,
         state: &mut RequestState,
     ) {
-        if let Some(guarded) = session.stream().and_then(io::guarded) {
+        if let Some(guarded) = session.stream().and_then(guarded::guarded) {
             guarded.request_is_over();
         }
         // Where a chunked body ends is a matter of its reader when its chunks

@@ -21,6 +21,7 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         chain,
         call,
         bytes_in,
+        body: _body,
         done,
     } = live;
     let done = done.unwrap_or_else(|| Done::left(0));

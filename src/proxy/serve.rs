@@ -13,6 +13,7 @@ use pingora::proxy::Session;
 
 use super::{
     Proxy,
+    bodies::Reserved,
     body::{self, BodyError},
     calls::{self, Call},
     client::{Client, Left, cut, event_stream},
@@ -36,6 +37,8 @@ pub(super) struct Live {
     pub(super) chain: Option<Arc<Chain>>,
     pub(super) call: &'static str,
     pub(super) bytes_in: usize,
+    /// The memory of its body; given back when the request is recorded.
+    pub(super) body: Reserved,
     pub(super) done: Option<Done>,
 }
 
@@ -77,6 +80,7 @@ impl Proxy {
             chain: None,
             call: "unknown",
             bytes_in: 0,
+            body: self.bodies.reserve(),
             done: None,
         }
     }
@@ -168,7 +172,7 @@ impl Proxy {
             }
         }
         let metrics = &self.gateway.resources.metrics;
-        let raw = body::read(session, limits, metrics).await?;
+        let raw = body::read(session, limits, metrics, &mut live.body).await?;
         live.bytes_in = raw.len();
         let request = ApiRequest::parse(endpoint, raw, limits.json_depth)?;
         if request.n > limits.n {

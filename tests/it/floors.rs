@@ -15,6 +15,7 @@ const FLOORS: [&[&str]; 6] = [
         "client_ip",
         "pattern",
         "logging",
+        "open_files",
     ],
     &["context", "resources"],
     &["plugins", "upstreams", "dialects"],

@@ -395,3 +395,18 @@ async fn a_question_carries_the_upstreams_key_and_not_the_clients() {
         .unwrap();
     assert_eq!(post(gateway.addr, "/v1/models", &[], b"").await.status, 404);
 }
+
+#[tokio::test]
+async fn head_is_get_without_the_body() {
+    let sim = sim("gpu-1").await;
+    let gateway = Gateway::start(&one_group(&[&sim])).await;
+    for path in ["/", "/livez", "/readyz", "/health", "/v1/models"] {
+        let mut connection = Connection::open(gateway.addr).await;
+        let head = format!("HEAD {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+        connection.send(head.as_bytes()).await;
+        let said = String::from_utf8(connection.rest().await).unwrap();
+        assert!(said.starts_with("HTTP/1.1 200 "), "{path}: {said}");
+        assert!(said.ends_with("\r\n\r\n"), "{path}: {said}");
+        assert_eq!(get(gateway.addr, path).await.status, 200, "{path}");
+    }
+}

@@ -35,6 +35,16 @@ impl ByHand {
         call
     }
 
+    /// The same with a connection on which this side keeps little of what it
+    /// sends.
+    pub async fn accept_narrow(&self) -> Call {
+        let mut call = self.accept_unread().await;
+        let socket = socket2::SockRef::from(&call.stream);
+        socket.set_send_buffer_size(16 * 1024).unwrap();
+        soon("a request", call.read_request()).await;
+        call
+    }
+
     /// Waits for a connection, and reads nothing from it.
     pub async fn accept_unread(&self) -> Call {
         let (stream, _) = soon("a connection", self.listener.accept()).await.unwrap();

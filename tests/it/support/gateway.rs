@@ -45,6 +45,26 @@ impl Gateway {
 
     /// Starts it with further files in its folder and environment variables.
     pub async fn start_with(yaml: &str, files: &[(&str, &str)], env: &[(&str, &str)]) -> Self {
+        Self::start_by(command, yaml, files, env).await
+    }
+
+    /// Starts it under limits of the system, as `prlimit` takes them.
+    pub async fn start_limited(yaml: &str, limits: &[&str]) -> Self {
+        let limited = || {
+            let mut command = Command::new("prlimit");
+            command.args(limits).arg(env!("CARGO_BIN_EXE_forebay"));
+            command.stdin(Stdio::null());
+            command
+        };
+        Self::start_by(limited, yaml, &[], &[]).await
+    }
+
+    async fn start_by(
+        command: impl Fn() -> Command,
+        yaml: &str,
+        files: &[(&str, &str)],
+        env: &[(&str, &str)],
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         for (name, text) in files {
             fs::write(folder.path().join(name), text).unwrap();

@@ -178,6 +178,13 @@ impl Connection {
         std::mem::take(&mut self.read)
     }
 
+    /// Reads a stream to its end, or whatever else comes, as the bytes it came
+    /// in; waits for ever.
+    pub async fn rest_of_any(mut self) -> Vec<u8> {
+        while !contains(&self.read, b"data: [DONE]") && self.more().await {}
+        std::mem::take(&mut self.read)
+    }
+
     /// Watches for a time whether the other side neither says anything nor
     /// closes.
     pub async fn stays_open(&mut self, time: std::time::Duration) -> bool {

@@ -1,0 +1,129 @@
+//! The memory that request bodies take, all together.
+//!
+//! A body is kept to the end of its request, since any attempt may need it
+//! again. So what it takes is reserved before it is taken, and given back when
+//! the request is over.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use crate::metrics::Metrics;
+
+/// The count of the bytes. One per process.
+pub(super) struct Bodies {
+    held: AtomicUsize,
+    metrics: Arc<Metrics>,
+}
+
+impl Bodies {
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            held: AtomicUsize::new(0),
+            metrics,
+        }
+    }
+
+    /// Begins a body of no bytes.
+    pub(super) fn reserve(self: &Arc<Self>) -> Reserved {
+        Reserved {
+            bodies: Arc::clone(self),
+            bytes: 0,
+        }
+    }
+
+    fn show(&self) {
+        let held = self.held.load(Ordering::Relaxed);
+        let shown = i64::try_from(held).unwrap_or(i64::MAX);
+        self.metrics.bodies.set(shown);
+    }
+}
+
+impl fmt::Debug for Bodies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Bodies").field(&self.held).finish()
+    }
+}
+
+/// No room: the bodies that are there take all of it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Full;
+
+/// The memory of one body; dropping it gives it back.
+#[derive(Debug)]
+pub(super) struct Reserved {
+    bodies: Arc<Bodies>,
+    bytes: usize,
+}
+
+impl Reserved {
+    /// Returns the size of the body.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Returns whether so many more bytes would fit at the moment.
+    pub(super) fn would_fit(&self, more: usize, most: usize) -> bool {
+        let held = self.bodies.held.load(Ordering::Relaxed);
+        held.saturating_add(more) <= most
+    }
+
+    /// Sets the size of the body, of which all together may have `most`.
+    ///
+    /// # Errors
+    /// [`Full`]; then the size stays what it was.
+    pub(super) fn resize(&mut self, bytes: usize, most: usize) -> Result<(), Full> {
+        let held = &self.bodies.held;
+        if let Some(more) = bytes.checked_sub(self.bytes) {
+            let fits = |held: usize| held.checked_add(more).filter(|sum| *sum <= most);
+            if held
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits)
+                .is_err()
+            {
+                return Err(Full);
+            }
+        } else {
+            held.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
+        }
+        self.bytes = bytes;
+        self.bodies.show();
+        Ok(())
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.bodies.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bodies.show();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_bodies_share_one_bound_and_give_back_what_they_took() {
+        let bodies = Arc::new(Bodies::new(Arc::new(Metrics::new())));
+        let mut first = bodies.reserve();
+        let mut second = bodies.reserve();
+        first.resize(60, 100).unwrap();
+        assert_eq!(second.resize(41, 100), Err(Full));
+        second.resize(40, 100).unwrap();
+        assert_eq!(first.resize(61, 100), Err(Full));
+        first.resize(10, 100).unwrap();
+        second.resize(90, 100).unwrap();
+        assert_eq!(bodies.metrics.bodies.get(), 100);
+        // A reload may lower the bound below what is held.
+        assert_eq!(second.resize(91, 50), Err(Full));
+        second.resize(1, 50).unwrap();
+        drop(first);
+        assert_eq!(bodies.metrics.bodies.get(), 1);
+        drop(second);
+        assert_eq!(bodies.metrics.bodies.get(), 0);
+    }
+}

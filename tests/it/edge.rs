@@ -1,0 +1,223 @@
+//! The edge: how many connections clients may have, how long each may take over
+//! a header, and what the process does when it runs out of files.
+
+use std::net::SocketAddr;
+
+use tokio::task::JoinSet;
+
+use crate::support::{
+    Connection, Gateway, chat, chat_stream, eventually,
+    http::{get, post_chat},
+    one_group, sim,
+};
+
+const CHAT: &str = "/v1/chat/completions";
+const OPEN: &str = "forebay_client_connections";
+
+fn hits(limit: &str) -> String {
+    format!("forebay_limit_hits_total{{limit=\"{limit}\"}}")
+}
+
+/// Opens connections that each have had one answer, so that they are counted.
+async fn used(addr: SocketAddr, count: usize) -> Vec<Connection> {
+    let mut open = Vec::new();
+    for _ in 0..count {
+        let mut connection = Connection::open(addr).await;
+        connection.request("GET", "/livez", &[], b"").await;
+        assert_eq!(connection.answer().await.status, 200);
+        open.push(connection);
+    }
+    open
+}
+
+/// Asks on a new connection, and checks that it is turned away as it should be.
+async fn is_turned_away(addr: SocketAddr) {
+    let mut connection = Connection::open(addr).await;
+    let body = chat("demo");
+    let sent = crate::support::http::build("POST", CHAT, &[], body.as_bytes());
+    connection.try_send(&sent).await;
+    let answer = connection.answer().await;
+    assert_eq!(answer.status, 503);
+    assert_eq!(answer.error_code(), "too_many_connections");
+    assert_eq!(answer.header("connection"), Some("close"));
+    let wait: u64 = answer.header("retry-after").unwrap().parse().unwrap();
+    assert!(wait > 0);
+    assert!(connection.rest().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_connection_too_many_gets_a_503_and_a_free_place_is_given_again() {
+    let sim = sim("gpu-1").await;
+    let limits = "limits: { connections: 5 }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    gateway.metric_becomes(OPEN, 0.0).await;
+    let mut held = used(gateway.addr, 5).await;
+    assert_eq!(gateway.metric(OPEN).await, Some(5.0));
+    let max = gateway.metric("forebay_client_connections_max").await;
+    assert_eq!(max, Some(5.0));
+    for _ in 0..3 {
+        is_turned_away(gateway.addr).await;
+    }
+    assert_eq!(gateway.metric(&hits("connections")).await, Some(3.0));
+    gateway.logged("limit=connections client=127.0.0.1").await;
+    assert_eq!(gateway.log().matches("limit=connections ").count(), 1);
+    assert!(sim.records().is_empty());
+    // Who was there first is served on.
+    let body = chat("demo");
+    held[0].request("POST", CHAT, &[], body.as_bytes()).await;
+    assert_eq!(held[0].answer().await.status, 200);
+    drop(held.pop());
+    gateway.metric_becomes(OPEN, 4.0).await;
+    assert_eq!(post_chat(gateway.addr, &body).await.status, 200);
+    drop(held);
+    gateway.metric_becomes(OPEN, 0.0).await;
+}
+
+#[tokio::test]
+async fn one_address_may_have_so_many_and_a_trusted_proxy_more() {
+    let sim = sim("gpu-1").await;
+    let yaml = one_group(&[&sim]);
+    let limits = "limits: { connections_per_ip: 3 }\n";
+    let gateway = Gateway::start(&format!("{limits}{yaml}")).await;
+    gateway.metric_becomes(OPEN, 0.0).await;
+    let _held = used(gateway.addr, 3).await;
+    is_turned_away(gateway.addr).await;
+    assert_eq!(gateway.metric(&hits("connections_per_ip")).await, Some(1.0));
+    // Taken over by a reload, for those who come after it.
+    let trusted = "trusted_proxies: [127.0.0.0/8]\n";
+    gateway.write_config(&format!("{limits}{trusted}{yaml}"));
+    assert_eq!(gateway.reload().await.status, 200);
+    let _more = used(gateway.addr, 5).await;
+}
+
+#[tokio::test]
+async fn more_clients_than_places_never_wait_for_each_other() {
+    let sim = sim("gpu-1").await;
+    let limits = "limits: { connections: 20 }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    gateway.metric_becomes(OPEN, 0.0).await;
+    let mut held = used(gateway.addr, 10).await;
+    // Connections that are turned away and do not care.
+    let mut deaf = Vec::new();
+    for _ in 0..300 {
+        deaf.push(Connection::open(gateway.addr).await);
+    }
+    for connection in &mut held {
+        let body = chat("demo");
+        connection.request("POST", CHAT, &[], body.as_bytes()).await;
+        assert_eq!(connection.answer().await.status, 200);
+    }
+    gateway.metric_becomes(OPEN, 20.0).await;
+    drop(deaf);
+    gateway.metric_becomes(OPEN, 10.0).await;
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_new_connection_that_says_nothing_is_closed_and_one_that_dribbles_gets_408() {
+    let sim = sim("gpu-1").await;
+    let limits = "limits: { header_timeout: 500ms, keep_alive: 60s }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    let mut silent = Connection::open(gateway.addr).await;
+    assert!(silent.rest().await.is_empty());
+    let mut begun = Connection::open(gateway.addr).await;
+    begun.send(b"GET /livez HTTP/1.1\r\nhost: a\r\nx: ").await;
+    let mut kept = used(gateway.addr, 1).await.pop().unwrap();
+    kept.send(b"GET /li").await;
+    for mut slow in [begun, kept] {
+        let answer = slow.answer().await;
+        assert_eq!(
+            (answer.status, &*answer.error_code()),
+            (408, "header_timeout")
+        );
+        assert_eq!(answer.header("connection"), Some("close"));
+        assert!(slow.rest().await.is_empty());
+    }
+    assert!(gateway.metric(&hits("header_timeout")).await >= Some(3.0));
+    gateway.logged("limit=header_timeout").await;
+    gateway.metric_becomes(OPEN, 0.0).await;
+}
+
+#[tokio::test]
+async fn a_process_without_files_serves_on_and_recovers_by_itself() {
+    let sim = sim("gpu-1").await;
+    sim.fault("tokens=40;gap=50ms").await.unwrap();
+    let limits = "limits: { connections_per_ip: 100000 }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    let pid = gateway.pid();
+    let limited = std::process::Command::new("prlimit")
+        .args(["--nofile=256", "--pid", &pid.to_string()])
+        .status();
+    assert!(limited.is_ok_and(|status| status.success()), "no prlimit");
+    // The limit came after the start, so that the cap does not know of it.
+    let mut stream = Connection::open(gateway.addr).await;
+    let body = chat_stream("demo");
+    stream.request("POST", CHAT, &[], body.as_bytes()).await;
+    stream.read_until("answers:").await;
+    let before = cpu_ticks(pid);
+    let mut crowd = Vec::new();
+    for _ in 0..1000 {
+        crowd.push(Connection::open(gateway.addr).await);
+    }
+    let answer = stream.answer().await;
+    assert!(answer.complete, "the stream that was there went on");
+    assert!(answer.text().ends_with("data: [DONE]\n\n"));
+    let spent = cpu_ticks(pid) - before;
+    assert!(spent < 200, "it ran for {spent} hundredths of a second");
+    sim.clear_faults().await;
+    drop((crowd, stream));
+    eventually("it serves again", || async {
+        get(gateway.addr, "/livez").await.status == 200
+    })
+    .await;
+    gateway.metric_becomes(OPEN, 0.0).await;
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    assert_eq!(gateway.metric("forebay_panics_total").await, Some(0.0));
+}
+
+#[tokio::test]
+async fn of_few_files_half_are_for_clients_so_that_upstreams_get_theirs() {
+    let sim = sim("gpu-1").await;
+    let yaml = one_group(&[&sim]);
+    let gateway = Gateway::start_limited(&yaml, &["--nofile=256"]).await;
+    gateway
+        .logged("fewer connections than limits.connections: allowed=64")
+        .await;
+    sim.fault("tokens=20;gap=100ms").await.unwrap();
+    let mut crowd = JoinSet::new();
+    let addr = gateway.addr;
+    for _ in 0..1000 {
+        crowd.spawn(async move {
+            let mut connection = Connection::open(addr).await;
+            let body = chat_stream("demo");
+            let sent = crate::support::http::build("POST", CHAT, &[], body.as_bytes());
+            connection.try_send(&sent).await;
+            let said = connection.rest_of_any().await;
+            String::from_utf8_lossy(&said).into_owned()
+        });
+    }
+    let mut served = 0;
+    while served < 60 {
+        let said = crowd.join_next().await.unwrap().unwrap();
+        if said.starts_with("HTTP/1.1 200 ") {
+            assert!(said.contains("data: [DONE]"), "{said}");
+            served += 1;
+        } else {
+            let refused = said.is_empty() || said.contains("too_many_connections");
+            assert!(refused, "{said}");
+        }
+    }
+    drop(crowd);
+    gateway.metric_becomes(OPEN, 0.0).await;
+    assert_eq!(post_chat(addr, &chat("demo")).await.status, 200);
+    // Nobody who was let in lacked a connection to an upstream.
+    assert!(!gateway.log().contains("verdict=not_sent"));
+}
+
+/// The time a process has run, in hundredths of a second.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
