@@ -42,6 +42,8 @@ pub struct RequestContext {
     pub route: Arc<str>,
     /// Every try at an upstream, in order.
     pub attempts: Vec<Attempt>,
+    /// How long it has waited in line for a free upstream.
+    pub queued: Duration,
 }
 
 impl RequestContext {
@@ -60,6 +62,36 @@ pub struct Restrict {
     pub groups: Option<Arc<[Box<str>]>>,
     /// Only this upstream, tried once, never a fallback.
     pub pin: Option<Box<str>>,
+    /// Which line it waits in where all upstreams are busy.
+    pub class: Class,
+}
+
+/// How urgent a request is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Somebody waits for the answer.
+    #[default]
+    Interactive,
+    /// It may wait: interactive requests go first.
+    Batch,
+}
+
+impl Class {
+    /// Every class there is, the most urgent first.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+
+    /// Returns the word for keys files, headers and metric labels.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Interactive => "interactive",
+            Self::Batch => "batch",
+        }
+    }
+
+    /// Reads the word; `None` if it is another.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|class| class.as_str() == word)
+    }
 }
 
 /// Who is calling, and what that key may do.
@@ -75,6 +107,8 @@ pub struct Principal {
     pub pin: bool,
     /// Whether it is held to local groups.
     pub local: bool,
+    /// How urgent its requests are, at most.
+    pub class: Class,
 }
 
 impl Principal {

@@ -16,7 +16,7 @@ use pingora::connectors::TransportConnector;
 
 use crate::{
     config::{self, Catalog, Config, Loaded, PluginEntry, Problem, Problems},
-    context::Restrict,
+    context::{Class, Restrict},
     plugins::{Build, Chain, PLUGINS},
     resources::Resources,
     routes::Routes,
@@ -316,6 +316,9 @@ impl Gateway {
             Ok(next) => {
                 let next = Arc::new(next);
                 let previous = self.current.swap(Arc::clone(&next));
+                for (_, upstream) in next.upstreams() {
+                    upstream.go_live();
+                }
                 metrics.reloads.with_label_values(&["success"]).inc();
                 metrics.reload_ok.set(1);
                 self.export_config();
@@ -348,6 +351,16 @@ impl Gateway {
         let now = Instant::now();
         metrics.upstream_state.reset();
         metrics.upstream_in_flight.reset();
+        metrics.queue_length.reset();
+        for group in self.snapshot().routes.groups() {
+            for class in Class::ALL {
+                let waiting = i64::try_from(group.waiting.len_of(class)).unwrap_or(i64::MAX);
+                metrics
+                    .queue_length
+                    .with_label_values(&[&*group.name, class.as_str()])
+                    .set(waiting);
+            }
+        }
         for (group, upstream) in self.snapshot().upstreams() {
             let names = [&*group.name, &*upstream.name];
             let in_flight = i64::from(upstream.in_flight());

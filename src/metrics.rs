@@ -19,6 +19,10 @@ const FIRST_TOKEN_BUCKETS: &[f64] = &[
 const TOTAL_BUCKETS: &[f64] = &[
     0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
 ];
+/// Seconds, from a slot that is freed at once to the longest batch wait.
+const QUEUE_BUCKETS: &[f64] = &[
+    0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
 
 /// The process's metrics. Made once.
 pub struct Metrics {
@@ -58,6 +62,16 @@ pub struct Metrics {
     pub bodies_max: IntGauge,
     /// How often a limit was hit, by its name.
     pub limits: IntCounterVec,
+    /// Requests that wait for a free upstream, by group and class.
+    pub queue_length: IntGaugeVec,
+    /// Seconds that requests waited for a free upstream, by group, class and
+    /// what came of it.
+    pub queue_wait: HistogramVec,
+    /// Requests that were turned away because all upstreams of a group were
+    /// busy, by group, class and reason.
+    pub queue_refused: IntCounterVec,
+    /// Requests that did not wait any longer and went on to the next group.
+    pub spills: IntCounterVec,
     /// Clients that left before their answer was complete.
     pub client_closed: IntCounter,
     /// Answers to prompts of which an upstream had not read all.
@@ -168,6 +182,27 @@ impl Metrics {
                 "forebay_limit_hits_total",
                 "How often a limit was hit",
                 &["limit"],
+            ),
+            queue_length: all.gauges(
+                "forebay_queue_length",
+                "Requests that wait for a free upstream",
+                &["group", "class"],
+            ),
+            queue_wait: all.histograms(
+                "forebay_queue_wait_seconds",
+                "Time that requests waited for a free upstream",
+                &["group", "class", "outcome"],
+                QUEUE_BUCKETS,
+            ),
+            queue_refused: all.counters(
+                "forebay_queue_refused_total",
+                "Requests that were turned away because all upstreams were busy",
+                &["group", "class", "reason"],
+            ),
+            spills: all.counters(
+                "forebay_spills_total",
+                "Requests that went on to the next group because all upstreams were busy",
+                &["from", "to"],
             ),
             client_closed: all.counter(
                 "forebay_client_closed_total",

@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime};
 use serde_json::{Value, json};
 
 use crate::{
+    context::Class,
     gateway::{Gateway, Snapshot},
     upstreams::State,
 };
@@ -31,6 +32,16 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
                 "kind": upstream.config.kind.to_string(),
                 "state": upstream.health.state(now).as_str(),
                 "in_flight": upstream.in_flight(),
+            })
+        })
+        .collect();
+    let groups = snapshot.routes.groups().iter();
+    let queues: Vec<_> = groups
+        .map(|group| {
+            json!({
+                "group": &*group.name,
+                "interactive": group.waiting.len_of(Class::Interactive),
+                "batch": group.waiting.len_of(Class::Batch),
             })
         })
         .collect();
@@ -71,6 +82,7 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
             "last_reload": reload,
         },
         "upstreams": upstreams,
+        "queues": queues,
         "switched_off": off,
     })
 }

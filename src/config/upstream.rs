@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{SecretRef, Time};
+use super::{Queue, SecretRef, Time};
 
 /// Upstreams that can stand in for each other.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,6 +26,12 @@ pub struct Group {
     /// next one is.
     #[schemars(range(max = 10))]
     pub same_upstream_retries: u32,
+    /// The line of those who wait for a free upstream.
+    pub queue: Queue,
+    /// How long a request waits in this line before it goes on to the next group
+    /// of its route; in the last one it waits as long as `queue` says.
+    #[schemars(extend("x-min" = "1ms", "x-max" = "1h"))]
+    pub spill_after: Time,
     /// The upstreams; never empty.
     #[schemars(length(min = 1, max = 1000))]
     pub upstreams: Vec<Upstream>,
@@ -38,6 +44,8 @@ impl Default for Group {
             strategy: "round_robin".to_owned(),
             retry_ambiguous: true,
             same_upstream_retries: 0,
+            queue: Queue::default(),
+            spill_after: Time::secs(2),
             upstreams: Vec::new(),
         }
     }

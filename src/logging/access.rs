@@ -47,6 +47,8 @@ pub struct AccessLine<'a> {
     pub bytes_in: u64,
     /// Bytes of the answer's body.
     pub bytes_out: u64,
+    /// How long it waited for a free upstream; zero is not written.
+    pub queued: Duration,
     /// From the header to the first meaningful event.
     pub first_token: Option<Duration>,
     /// From the header to the end.
@@ -105,6 +107,9 @@ impl kv::Source for AccessLine<'_> {
         pair("streamed", self.streamed.into())?;
         pair("bytes_in", self.bytes_in.into())?;
         pair("bytes_out", self.bytes_out.into())?;
+        if !self.queued.is_zero() {
+            pair("queued_ms", millis(self.queued).into())?;
+        }
         if let Some(first_token) = self.first_token {
             pair("first_token_ms", millis(first_token).into())?;
         }
@@ -174,6 +179,7 @@ pub(super) mod tests {
             streamed: true,
             bytes_in: 120,
             bytes_out: 4096,
+            queued: Duration::from_millis(40),
             first_token: Some(Duration::from_millis(85)),
             total: Duration::from_millis(1234),
             tokens_in: Some(11),
@@ -195,7 +201,7 @@ pub(super) mod tests {
             "1970-01-01T00:00:00.000Z INFO forebay::access: request request_id=req-1 \
              client=192.0.2.7 caller=alice method=POST path=/v1/chat/completions status=200 \
              ending=success model=\"qwen 3\" route=qwen* group=gpus upstream=gpu-1 attempts=2 \
-             fallback=false streamed=true bytes_in=120 bytes_out=4096 first_token_ms=85 \
+             fallback=false streamed=true bytes_in=120 bytes_out=4096 queued_ms=40 first_token_ms=85 \
              total_ms=1234 tokens_in=11\n"
         );
     }
@@ -212,6 +218,7 @@ pub(super) mod tests {
         assert_eq!(read["target"], "forebay::access");
         assert_eq!(read["status"], 200);
         assert_eq!(read["fallback"], false);
+        assert_eq!(read["queued_ms"], 40);
         assert_eq!(read["first_token_ms"], 85);
         assert_eq!(read["error"], "model_not_found");
         assert_eq!(read["model"], line.model.unwrap());

@@ -48,6 +48,10 @@ pub(super) struct Client<'a> {
     early_head: Option<Box<ResponseHeader>>,
     /// Whether the head went out before an upstream was known.
     head_was_early: bool,
+    /// Its position in line, while it waits for a free upstream.
+    position: Option<usize>,
+    /// Whether it wants to be told of every change of its position.
+    wants_position: bool,
     bytes_out: u64,
     /// When the head of an upstream's answer was sent.
     answering_since: Option<Instant>,
@@ -67,6 +71,8 @@ impl<'a> Client<'a> {
             ping_at: None,
             early_head: None,
             head_was_early: false,
+            position: None,
+            wants_position: false,
             bytes_out: 0,
             answering_since: None,
         }
@@ -76,6 +82,31 @@ impl<'a> Client<'a> {
     pub(super) fn keep_patient(&mut self, head: ResponseHead) {
         self.early_head = Some(Box::new(self.to_wire(head, None)));
         self.ping_at = Some(Instant::now() + self.heartbeat);
+    }
+
+    /// Tells it by comments where in line it is, from the moment it waits.
+    pub(super) fn tell_position(&mut self) {
+        self.wants_position = true;
+    }
+
+    /// Notes where in line it is; `None` when its turn has come. If it is to be
+    /// told (it asked, or has waited so long that comments have begun), it is.
+    ///
+    /// # Errors
+    /// [`Left`].
+    pub(super) async fn is_in_line(&mut self, position: Option<usize>) -> Result<(), Left> {
+        let moved = position.is_some() && self.position != position;
+        self.position = position;
+        let is_told = self.wants_position || self.head_was_early;
+        if moved && is_told && self.ping_at.is_some() {
+            self.ping().await?;
+        }
+        Ok(())
+    }
+
+    /// Notes that it does not wait in line any more.
+    pub(super) fn is_out_of_line(&mut self) {
+        self.position = None;
     }
 
     /// Returns whether the head has been sent: from then on an error is an event.
@@ -140,7 +171,11 @@ impl<'a> Client<'a> {
             self.head_was_early = true;
             self.write_head(head).await?;
         }
-        self.write(Bytes::from_static(PING)).await
+        let comment = match self.position {
+            Some(position) => format!(": queued position={position}\n\n").into(),
+            None => Bytes::from_static(PING),
+        };
+        self.write(comment).await
     }
 
     /// Sends the head, unless a comment had to go first. `length` is that of

@@ -12,17 +12,16 @@
 
 use std::{
     borrow::Cow,
-    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use futures_util::future::select_all;
 use http::StatusCode;
 use pingora::connectors::TransportConnector;
 use rand::RngExt;
 
 use super::{
+    admission::{Admission, Sought},
     attempt::{Attempt, Tried},
     client::{Client, Left, Waited},
     verdict::{self, Failure},
@@ -35,16 +34,12 @@ use crate::{
     openai::Usage,
     plugins::Chain,
     routes::{Plan, Step},
-    upstreams::{Pick, Refusal, Slot, State, Upstream},
+    upstreams::{Effort, Seeker, Slot, State, Upstream},
 };
 
 /// First and longest wait before the same upstream is asked again.
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(8);
-/// How long a request waits for a slot in a group before it goes on to the next.
-const SPILL_AFTER: Duration = Duration::from_secs(2);
-/// How often a request that waits for a slot looks although none was freed.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// What `Retry-After` says when no upstream said anything better.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -81,6 +76,8 @@ pub(super) struct Exchange<'a> {
     affinity: u64,
     /// Every upstream that was tried.
     tried: Vec<Arc<Upstream>>,
+    /// What the last group said where everybody was busy.
+    busy: Option<Error>,
 }
 
 /// What follows the tries in one group.
@@ -93,15 +90,6 @@ enum Next {
     Group,
     /// Only the fallback may still try.
     Fallback,
-}
-
-/// How a slot was sought.
-enum Sought {
-    Slot(Slot),
-    /// Nobody left to try here.
-    Nobody,
-    /// Everybody was busy for as long as we were willing to wait.
-    Busy,
 }
 
 impl<'a> Exchange<'a> {
@@ -129,6 +117,7 @@ impl<'a> Exchange<'a> {
             ambiguous_used: false,
             affinity,
             tried: Vec::new(),
+            busy: None,
         }
     }
 
@@ -143,12 +132,11 @@ impl<'a> Exchange<'a> {
         client: &mut Client<'_>,
     ) -> Result<Result<Ended, Error>, Left> {
         let mut only_fallback = false;
-        let mut busy = false;
         for step in &plan.steps {
             if only_fallback && !step.fallback {
                 continue;
             }
-            match self.try_group(plan, step, client, &mut busy).await? {
+            match self.try_group(plan, step, client).await? {
                 Next::Ended(ended) => return Ok(Ok(ended)),
                 Next::Tell(error) => return Ok(Err(error)),
                 Next::Group => {}
@@ -156,13 +144,13 @@ impl<'a> Exchange<'a> {
             }
         }
         if !only_fallback
-            && !busy
+            && self.busy.is_none()
             && plan.pin.is_none()
             && let Some(done) = self.last_resort(plan, client).await?
         {
             return Ok(done);
         }
-        Ok(Err(self.give_up(plan, busy)))
+        Ok(Err(self.give_up(plan)))
     }
 
     /// Tries what was passed over because it is known to be down: it may have
@@ -204,22 +192,21 @@ impl<'a> Exchange<'a> {
         plan: &Plan,
         step: &Step,
         client: &mut Client<'_>,
-        busy: &mut bool,
     ) -> Result<Next, Left> {
         let mut tries = 0;
         while tries < self.limits.attempts && Instant::now() < self.deadline {
-            let insist = tries == 0 && (step.fallback || plan.pin.is_some());
-            let slot = match self.seek(plan, step, client).await? {
+            let effort = if tries == 0 && (step.fallback || plan.pin.is_some()) {
+                Effort::Insist
+            } else {
+                Effort::Sensible
+            };
+            let slot = match self.seek(plan, step, effort, client).await? {
                 Sought::Slot(slot) => slot,
-                Sought::Busy => {
-                    *busy = true;
+                Sought::Nobody => return Ok(Next::Group),
+                Sought::Busy(error) => {
+                    self.busy = Some(error);
                     return Ok(Next::Group);
                 }
-                Sought::Nobody if insist => match self.insist(plan, step) {
-                    Some(slot) => slot,
-                    None => return Ok(Next::Group),
-                },
-                Sought::Nobody => return Ok(Next::Group),
             };
             let upstream = Arc::clone(slot.upstream());
             self.tried.push(Arc::clone(&upstream));
@@ -247,89 +234,36 @@ impl<'a> Exchange<'a> {
         Ok(Next::Group)
     }
 
-    /// Chooses an upstream with a free slot; waits for one if all are busy.
+    /// Chooses an upstream with a free slot; waits in line if all are busy. With
+    /// [`Effort::Insist`] what should not be asked now is better than nothing:
+    /// for the pin and for the fallback, that gets its one try whatever is known
+    /// of it.
     async fn seek(
-        &self,
+        &mut self,
         plan: &Plan,
         step: &Step,
+        effort: Effort,
         client: &mut Client<'_>,
     ) -> Result<Sought, Left> {
-        if let Some(sought) = self.look(plan, step) {
-            return Ok(sought);
+        if plan.pin.is_some() && !self.tried.is_empty() {
+            return Ok(Sought::Nobody);
         }
-        let is_last = plan
-            .steps
-            .last()
-            .is_some_and(|last| std::ptr::eq(last, step));
-        let patience = if is_last {
-            self.deadline
-        } else {
-            self.deadline.min(Instant::now() + SPILL_AFTER)
+        let seeker = Seeker {
+            group: Arc::clone(&step.group),
+            model: Arc::clone(&step.model),
+            tried: self.tried.clone(),
+            affinity: self.affinity,
+            pin: plan.pin.clone(),
+            effort,
+            class: self.ctx.restrict.class,
         };
-        loop {
-            // One waiter is woken for each slot: who cannot use it must not be
-            // the one.
-            let useful = step.group.upstreams.iter().filter(|upstream| {
-                let tried = self.tried.iter().any(|tried| Arc::ptr_eq(tried, upstream));
-                match &plan.pin {
-                    Some(pin) => Arc::ptr_eq(pin, upstream),
-                    None => !tried && upstream.serves(&step.model),
-                }
-            });
-            let freed = useful.map(|upstream| {
-                // Registered before the next look: a slot that is freed in
-                // between is seen.
-                let mut freed = Box::pin(upstream.freed());
-                freed.as_mut().enable();
-                freed
-            });
-            let freed = pin!(select_all(freed));
-            if let Some(sought) = self.look(plan, step) {
-                return Ok(sought);
-            }
-            // Nobody is woken when an upstream's pause is over.
-            let until = patience.min(Instant::now() + LOOK_AGAIN);
-            let waited = client.wait(until, freed).await?;
-            if matches!(waited, Waited::TooLate) && Instant::now() >= patience {
-                self.metrics.limits.with_label_values(&["concurrent"]).inc();
-                return Ok(Sought::Busy);
-            }
-        }
-    }
-
-    /// Looks once; `None` if everybody is busy.
-    fn look(&self, plan: &Plan, step: &Step) -> Option<Sought> {
-        let now = Instant::now();
-        if let Some(pin) = &plan.pin {
-            if !self.tried.is_empty() {
-                return Some(Sought::Nobody);
-            }
-            return match pin.try_admit(now) {
-                Ok(slot) => Some(Sought::Slot(slot)),
-                Err(Refusal::Busy) => None,
-                Err(Refusal::Unavailable) => Some(Sought::Nobody),
-            };
-        }
-        match step
-            .group
-            .pick(&step.model, &self.tried, self.affinity, now)
-        {
-            Pick::Chosen(slot) => Some(Sought::Slot(slot)),
-            Pick::Down(_) | Pick::Exhausted => Some(Sought::Nobody),
-            Pick::Busy => None,
-        }
-    }
-
-    /// Takes what should not be asked now: the pin, or the fallback, that gets
-    /// its one try whatever is known of it.
-    fn insist(&self, plan: &Plan, step: &Step) -> Option<Slot> {
-        match &plan.pin {
-            Some(pin) if pin.health.is_off() => None,
-            Some(pin) => pin.try_acquire(),
-            None => step
-                .group
-                .pick_any(&step.model, &self.tried, Instant::now()),
-        }
+        let admission = Admission {
+            plan,
+            step,
+            metrics: self.metrics,
+            deadline: self.deadline,
+        };
+        admission.seek(seeker, self.ctx, client).await
     }
 
     /// Makes one try and notes what came of it.
@@ -360,8 +294,9 @@ impl<'a> Exchange<'a> {
             deadline: self.deadline,
             number,
         };
+        // The slot is held to the end of this function: who gets it next must not
+        // go to an upstream of which it is not yet noted that it is down.
         let tried = Box::pin(attempt.run(self.connector, client)).await;
-        drop(slot);
         let note = |verdict, status: Option<StatusCode>, maybe_billed| context::Attempt {
             group: Arc::clone(&step.group.name),
             upstream: Arc::clone(&upstream.name),
@@ -483,7 +418,7 @@ impl<'a> Exchange<'a> {
         client.wait(self.deadline, tokio::time::sleep(wait)).await
     }
 
-    fn give_up(&self, plan: &Plan, busy: bool) -> Error {
+    fn give_up(mut self, plan: &Plan) -> Error {
         if Instant::now() >= self.deadline {
             self.metrics
                 .limits
@@ -496,14 +431,10 @@ impl<'a> Exchange<'a> {
                 "no model server answered within the time a request may take",
             );
         }
-        if busy && self.last_answer.is_none() {
-            return Error::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "server_error",
-                "overloaded",
-                "every model server is busy",
-            )
-            .retry_after(RETRY_AFTER);
+        if self.last_answer.is_none()
+            && let Some(error) = self.busy.take()
+        {
+            return error;
         }
         if self.ctx.attempts.is_empty()
             && let Some((wait, upstream)) = soonest(plan)

@@ -6,6 +6,7 @@
 //! - `serve`: one request from its header to its end
 //! - `head`, `calls`, `body` (with `bodies`, their memory): what a request must be before it counts
 //! - `exchange` → `attempt` → `link`: the tries, one try, one connection
+//! - `admission`: the line in front of a group whose upstreams are all busy
 //! - `answer`, `relay`: a whole answer, a stream of events
 //! - `verdict`: what an upstream's answer means, and what the client is told
 //! - `client`: the client's side of an exchange
@@ -17,6 +18,7 @@
 //! loop cannot replay a body over 64 KiB, write to the client before an
 //! upstream answers, or go on after an upstream died.
 
+mod admission;
 mod answer;
 mod attempt;
 mod bodies;

@@ -95,6 +95,7 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         streamed: outcome.streamed,
         bytes_in: bytes_in as u64,
         bytes_out: outcome.bytes_out,
+        queued: ctx.queued,
         first_token: outcome.first_token,
         total: outcome.total,
         tokens_in: outcome.usage.as_ref().map(|usage| usage.prompt_tokens),

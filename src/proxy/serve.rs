@@ -5,7 +5,7 @@ use std::{
     borrow::Cow,
     net::{IpAddr, Ipv4Addr},
     sync::{Arc, atomic::Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     client_ip::client_ip,
-    context::{Ending, RequestContext, Restrict},
+    context::{Class, Ending, RequestContext, Restrict},
     error::{Error, Result},
     gateway::Snapshot,
     openai::{ApiRequest, error_event},
@@ -75,6 +75,7 @@ impl Proxy {
                 restrict: Restrict::default(),
                 route: Arc::from(""),
                 attempts: Vec::new(),
+                queued: Duration::ZERO,
             },
             snapshot: Arc::clone(snapshot),
             chain: None,
@@ -196,6 +197,7 @@ impl Proxy {
             return Ok(Prepared::Local(answer));
         }
         check_pin(&live.ctx)?;
+        check_class(&live.ctx)?;
         // A plugin may have changed the model.
         let model = live
             .ctx
@@ -230,6 +232,9 @@ impl Proxy {
         let mut client = Client::new(session, limits.heartbeat.get(), limits.write_timeout.get());
         if streamed {
             client.keep_patient(event_stream(respond::common_headers(&live.ctx.id)));
+            if flag(&live.ctx.headers, "x-forebay-queue-events").is_ok_and(|on| on) {
+                client.tell_position();
+            }
         }
         let metrics = &self.gateway.resources.metrics;
         let connector = &self.gateway.connector;
@@ -308,13 +313,11 @@ impl From<BodyError> for Stopped {
 
 /// Reads what a client may say about where its request goes.
 fn restrict_by_headers(ctx: &mut RequestContext) -> Result<()> {
-    match only(&ctx.headers, "x-forebay-local")?.map(HeaderValue::as_bytes) {
-        None | Some(b"0" | b"false") => {}
-        Some(b"1" | b"true") => ctx.restrict.local = true,
-        Some(_) => {
-            let message = "x-forebay-local must be 0 or 1";
-            return Err(Error::invalid("invalid_header", message));
-        }
+    ctx.restrict.local |= flag(&ctx.headers, "x-forebay-local")?;
+    // Read when it is used; a mistake is told at once.
+    flag(&ctx.headers, "x-forebay-queue-events")?;
+    if class_asked_for(&ctx.headers)? == Some(Class::Batch) {
+        ctx.restrict.class = Class::Batch;
     }
     if let Some(name) = only(&ctx.headers, "x-forebay-upstream")? {
         match name.to_str() {
@@ -337,6 +340,46 @@ fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a Hea
         return Err(Error::invalid("invalid_header", message));
     }
     Ok(value)
+}
+
+/// Reads a switch; off if it is not there.
+fn flag(headers: &HeaderMap, name: &'static str) -> Result<bool> {
+    match only(headers, name)?.map(HeaderValue::as_bytes) {
+        None | Some(b"0" | b"false") => Ok(false),
+        Some(b"1" | b"true") => Ok(true),
+        Some(_) => {
+            let message = format!("{name} must be 0 or 1");
+            Err(Error::invalid("invalid_header", message))
+        }
+    }
+}
+
+fn class_asked_for(headers: &HeaderMap) -> Result<Option<Class>> {
+    let Some(value) = only(headers, "x-forebay-class")? else {
+        return Ok(None);
+    };
+    match value.to_str().ok().and_then(Class::parse) {
+        Some(class) => Ok(Some(class)),
+        None => {
+            let message = "x-forebay-class must be interactive or batch";
+            Err(Error::invalid("invalid_header", message))
+        }
+    }
+}
+
+/// A request may be less urgent than its key, never more: to say so openly is
+/// better than to let a client believe that it goes first.
+fn check_class(ctx: &RequestContext) -> Result<()> {
+    let asked = class_asked_for(&ctx.headers)?;
+    if asked != Some(Class::Interactive) || ctx.restrict.class == Class::Interactive {
+        return Ok(());
+    }
+    Err(Error::new(
+        StatusCode::FORBIDDEN,
+        "permission_error",
+        "class_not_allowed",
+        "this key's requests are of the class batch",
+    ))
 }
 
 /// A key may choose an upstream only if its entry says so; without keys

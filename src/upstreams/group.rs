@@ -19,6 +19,7 @@ use super::{
     health::State,
     strategies::{self, STRATEGIES, Strategy},
     upstream::{self, Refusal, Secrets, Slot, Upstream, UpstreamError},
+    waiting::Waiting,
 };
 use crate::config;
 
@@ -35,6 +36,8 @@ pub struct Group {
     pub config: config::Group,
     /// Its upstreams in the order of the YAML; never empty.
     pub upstreams: Vec<Arc<Upstream>>,
+    /// Those who wait for one of them; the same through all configurations.
+    pub waiting: Arc<Waiting>,
     strategy: Arc<dyn Strategy>,
 }
 
@@ -161,11 +164,17 @@ impl Group {
         {
             return Ok(Arc::clone(old));
         }
+        let before = previous.groups.get(name);
+        let waiting = before.map_or_else(Arc::default, |old| Arc::clone(&old.waiting));
+        for upstream in &upstreams {
+            upstream.tell(&waiting);
+        }
         Ok(Arc::new(Self {
             name: name.into(),
             local: config.local,
             config: config.clone(),
             upstreams,
+            waiting,
             strategy: (strategy.make)(),
         }))
     }
@@ -206,6 +215,16 @@ impl Group {
     /// sent with; those that are off count.
     pub fn serves(&self, model: &str) -> bool {
         self.upstreams.iter().any(|upstream| upstream.serves(model))
+    }
+
+    /// Returns how many requests its upstreams work on at once; `None` if one of
+    /// them has no bound.
+    pub fn places(&self) -> Option<u32> {
+        let each = self
+            .upstreams
+            .iter()
+            .map(|upstream| upstream.config.concurrent);
+        each.sum()
     }
 
     /// Returns the upstream of this name.

@@ -13,23 +13,29 @@
 //! - [`health`]: whether it may be used now
 //! - [`strategies`]: how one of several is chosen; the one list
 //! - [`group`]: upstreams that can stand in for each other
+//! - [`waiting`]: those who wait until one of them is free
+//! - [`queue`]: who of them is next
 
 pub mod context_sizes;
 pub mod discovery;
 pub mod group;
 pub mod health;
+pub mod queue;
 pub mod resolve;
 pub mod strategies;
 pub mod tls;
 pub mod upstream;
 pub mod url;
+pub mod waiting;
 
 pub use context_sizes::{Context, ContextSizes};
 pub use discovery::{Discovery, MODELS_MAX};
 pub use group::{BuildError, Group, Pick, Previous};
 pub use health::{Health, State};
+pub use queue::{Key, Reason, Refused, Rules};
 pub use resolve::{Addresses, Unresolved};
 pub use strategies::{STRATEGIES, Strategy};
 pub use tls::connector_options;
 pub use upstream::{Refusal, Secrets, Slot, Upstream};
 pub use url::BaseUrl;
+pub use waiting::{Effort, Entered, Place, Seeker, Told, Waiting};

@@ -13,9 +13,9 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{
-            AtomicI64, AtomicU32, AtomicU64,
+            AtomicI64, AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -27,7 +27,7 @@ use pingora::{
     protocols::{TcpKeepalive, l4::socket::SocketAddr as PeerAddr},
     upstreams::peer::{ALPN, HttpPeer, HttpUpstreamRequestPolicy},
 };
-use tokio::sync::{Notify, futures::Notified};
+use smallvec::SmallVec;
 
 use super::{
     context_sizes::{Context, ContextSizes},
@@ -36,6 +36,7 @@ use super::{
     resolve::{Addresses, Unresolved},
     tls::Authorities,
     url::BaseUrl,
+    waiting::{Lease, Waiting},
 };
 use crate::{
     config::{self, ResolvedTimeouts, Secret, SecretRef},
@@ -80,11 +81,17 @@ pub struct Upstream {
     peer: HttpPeer,
 }
 
-/// What is under way at one server, whatever the configuration says of it.
-#[derive(Debug, Default)]
+/// What is under way at one server, shared by all configurations of it.
+#[derive(Debug)]
 struct Load {
     in_flight: AtomicU32,
-    freed: Notify,
+    /// The most at once, as the configuration in effect has it.
+    most: AtomicU32,
+    /// The lines of those who may wait for a slot: mostly that of one group, two
+    /// after a reload has moved the upstream to another.
+    lines: Mutex<SmallVec<[Weak<Waiting>; 1]>>,
+    /// Which line is asked first when a slot becomes free.
+    turn: AtomicUsize,
 }
 
 /// A request's place at an upstream; given back when dropped.
@@ -92,6 +99,7 @@ struct Load {
 pub struct Slot {
     upstream: Arc<Upstream>,
     probe: Option<u64>,
+    lease: Option<Lease>,
 }
 
 /// Why an upstream does not take a request now.
@@ -219,7 +227,10 @@ pub fn build(
             .map(|text| Pattern::new(text.as_str()))
             .collect(),
         authorities,
-        load: previous.map_or_else(Arc::default, |old| Arc::clone(&old.load)),
+        load: previous.map_or_else(
+            || Arc::new(Load::new(config.concurrent)),
+            |old| Arc::clone(&old.load),
+        ),
         config: config.clone(),
         base,
     }))
@@ -238,9 +249,7 @@ impl Upstream {
 
     /// Returns whether it would take one more request.
     pub fn has_free_slot(&self) -> bool {
-        self.config
-            .concurrent
-            .is_none_or(|most| self.in_flight() < most)
+        self.in_flight() < self.load.most.load(Relaxed)
     }
 
     /// Returns the secrets that are sent to it, to be kept out of what it says.
@@ -277,7 +286,7 @@ impl Upstream {
     /// Takes a slot whatever its health is; `None` at `concurrent`. For the
     /// last resort; everything else goes through [`Self::try_admit`].
     pub fn try_acquire(self: &Arc<Self>) -> Option<Slot> {
-        let most = self.config.concurrent.unwrap_or(u32::MAX);
+        let most = self.load.most.load(SeqCst);
         self.load
             .in_flight
             .fetch_update(SeqCst, SeqCst, |now| (now < most).then_some(now + 1))
@@ -285,6 +294,7 @@ impl Upstream {
             .then(|| Slot {
                 upstream: Arc::clone(self),
                 probe: None,
+                lease: None,
             })
     }
 
@@ -306,11 +316,38 @@ impl Upstream {
         Ok(slot)
     }
 
-    /// Waits for a slot to be given back. One waiter is woken for each; one that
-    /// was given back while nobody waited wakes the next at once, so look first
-    /// whether it is still free.
-    pub fn freed(&self) -> Notified<'_> {
-        self.load.freed.notified()
+    /// Lets `concurrent` take effect, also for requests that began with another
+    /// configuration. Called when its configuration goes live.
+    pub fn go_live(&self) {
+        let most = self.config.concurrent.unwrap_or(u32::MAX);
+        self.load.most.store(most, SeqCst);
+        self.wake();
+    }
+
+    /// Has those who wait for it look: it may be free, or usable again.
+    pub fn wake(&self) {
+        self.load.wake();
+    }
+
+    /// Returns whether this is the same server, perhaps configured otherwise.
+    pub(super) fn is_same_server(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.load, &other.load)
+    }
+
+    /// Has a line told of every slot that is given back.
+    pub(super) fn tell(&self, line: &Arc<Waiting>) {
+        let mut lines = self
+            .load
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        lines.retain(|line| line.strong_count() > 0);
+        if !lines
+            .iter()
+            .any(|known| known.as_ptr() == Arc::as_ptr(line))
+        {
+            lines.push(Arc::downgrade(line));
+        }
     }
 
     /// Returns the peer to connect to, every timeout set; several addresses are
@@ -362,6 +399,11 @@ impl Slot {
     pub fn is_probe(&self) -> bool {
         self.probe.is_some()
     }
+
+    /// Keeps a batch request's lease as long as the slot is held.
+    pub(super) fn hold(&mut self, lease: Lease) {
+        self.lease = Some(lease);
+    }
 }
 
 impl Drop for Slot {
@@ -370,7 +412,35 @@ impl Drop for Slot {
         if let Some(ticket) = self.probe {
             self.upstream.health.end_probe(ticket);
         }
-        self.upstream.load.freed.notify_one();
+        drop(self.lease.take());
+        // Last: whoever waits finds everything given back.
+        self.upstream.load.wake();
+    }
+}
+
+impl Load {
+    fn new(concurrent: Option<u32>) -> Self {
+        Self {
+            in_flight: AtomicU32::new(0),
+            most: AtomicU32::new(concurrent.unwrap_or(u32::MAX)),
+            lines: Mutex::new(SmallVec::new()),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// Tells the lines, in turns, that somebody's turn may have come.
+    fn wake(&self) {
+        let mut lines: SmallVec<[Arc<Waiting>; 2]> = {
+            let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            lines.iter().filter_map(Weak::upgrade).collect()
+        };
+        if lines.len() > 1 {
+            let first = self.turn.fetch_add(1, Relaxed) % lines.len();
+            lines.rotate_left(first);
+        }
+        for line in lines {
+            line.freed();
+        }
     }
 }
 
@@ -509,7 +579,7 @@ fn template(
 #[cfg(test)]
 pub(super) mod tests {
     use pingora::{connectors::TransportConnector, upstreams::peer::Peer};
-    use tokio::{net::TcpListener, time::timeout};
+    use tokio::net::TcpListener;
 
     use super::*;
     use crate::upstreams::{connector_options, health::State};
@@ -700,20 +770,6 @@ pub(super) mod tests {
         let moved = rebuilt("{ name: a, url: 'http://10.0.0.2', concurrent: 1 }", &old);
         assert_eq!(moved.health.state(Instant::now()), State::Ready);
         assert_eq!(moved.addresses.all(), ["10.0.0.2:80".parse().unwrap()]);
-    }
-
-    #[tokio::test]
-    async fn a_slot_that_is_given_back_wakes_who_waits() {
-        let upstream = built("{ name: a, url: 'http://10.0.0.1', concurrent: 1 }");
-        let slot = upstream.try_acquire().unwrap();
-        assert_eq!(
-            upstream.try_admit(Instant::now()).unwrap_err(),
-            Refusal::Busy
-        );
-        let waiting = upstream.freed();
-        drop(slot);
-        timeout(Duration::from_secs(5), waiting).await.unwrap();
-        assert_eq!(upstream.in_flight(), 0);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //!     groups: [gpus]                    # absent: all
 //!     pin: true                         # may choose an upstream; default false
 //!     local: true                       # held to local groups; default false
+//!     class: batch                      # waits behind interactive; default interactive
 //!     expires: 2027-01-01               # or 2027-01-01T12:00:00Z; UTC
 //! ```
 //!
@@ -37,7 +38,7 @@ use crate::{
         marked::{self, Entry, Item, Marked, Node},
         problem::{Mark, Report, did_you_mean, index_path, key_path, shown},
     },
-    context::{Pattern, Principal},
+    context::{Class, Pattern, Principal},
 };
 
 /// The largest keys file, in bytes: some 30,000 keys.
@@ -49,8 +50,8 @@ const HASHES_MAX: usize = 4;
 /// The most patterns or groups of one key.
 const LIST_MAX: usize = 1000;
 
-const FIELDS: [&str; 7] = [
-    "name", "sha256", "models", "groups", "pin", "local", "expires",
+const FIELDS: [&str; 8] = [
+    "name", "sha256", "models", "groups", "pin", "local", "class", "expires",
 ];
 
 /// A SHA-256.
@@ -221,7 +222,8 @@ impl Reader<'_> {
         let mut take = |name: &'static str| fields.shift_remove(name);
         let (name, sha256) = (take("name"), take("sha256"));
         let (models, groups) = (take("models"), take("groups"));
-        let (pin, local, expires) = (take("pin"), take("local"), take("expires"));
+        let (pin, local, class) = (take("pin"), take("local"), take("class"));
+        let expires = take("expires");
         self.unknown(&fields, &path);
 
         let at = |name| key_path(&path, name);
@@ -231,6 +233,7 @@ impl Reader<'_> {
         let groups = self.optional(groups, &at("groups"), Self::texts);
         let pin = self.optional(pin, &at("pin"), Self::flag);
         let local = self.optional(local, &at("local"), Self::flag);
+        let class = self.optional(class, &at("class"), Self::class);
         let expires = self.optional(expires, &at("expires"), Self::expiry);
 
         // Whatever is missing here has been told, and nothing of the file will
@@ -245,6 +248,7 @@ impl Reader<'_> {
             groups: groups.map(Into::into),
             pin: pin.unwrap_or(false),
             local: local.unwrap_or(false),
+            class: class.unwrap_or_default(),
         });
         for hash in hashes {
             self.keys.insert(Key {
@@ -404,6 +408,18 @@ impl Reader<'_> {
         None
     }
 
+    fn class(&mut self, field: Field<'_>) -> Option<Class> {
+        let mark = field.entry.value_mark();
+        if let Node::Text(text) = &field.entry.value.node
+            && let Some(class) = Class::parse(text)
+        {
+            return Some(class);
+        }
+        self.report
+            .problem(mark, field.path, "expected interactive or batch");
+        None
+    }
+
     fn expiry(&mut self, field: Field<'_>) -> Option<SystemTime> {
         let mark = field.entry.value_mark();
         if let Node::Text(text) = &field.entry.value.node
@@ -483,7 +499,7 @@ mod tests {
     fn a_key_with_every_field_is_read() {
         let keys = keys(&format!(
             "keys:\n- name: alice\n  sha256: {}\n  models: [\"qwen*\", llama3]\n  groups: [gpus]\n  \
-             pin: true\n  local: true\n  expires: \"2027-01-01T00:00:00Z\"\n",
+             pin: true\n  local: true\n  class: batch\n  expires: \"2027-01-01T00:00:00Z\"\n",
             hash_token("token"),
         ));
         let Found::Valid(who) = keys.find(b"token", SystemTime::UNIX_EPOCH) else {
@@ -495,6 +511,7 @@ mod tests {
             groups: Some(["gpus".into()].into()),
             pin: true,
             local: true,
+            class: Class::Batch,
         };
         assert_eq!(*who, expected);
         assert_eq!(keys.find(b"Token", SystemTime::UNIX_EPOCH), Found::Unknown);
@@ -591,6 +608,23 @@ mod tests {
         assert!(all.contains("did you mean models?"), "{all}");
         assert!(!all.contains("plain-text"), "{all}");
         assert!(!all.contains(&good), "{all}");
+    }
+
+    #[test]
+    fn a_class_is_one_of_two_words() {
+        let hash = hash_token("token");
+        for bad in ["urgent", "Batch", "1", "[batch]"] {
+            let found = problems(&format!(
+                "keys: [ {{ name: a, sha256: '{hash}', class: {bad} }} ]"
+            ));
+            assert_eq!(found.len(), 1, "{bad} {found:?}");
+            assert!(found[0].contains("keys[0].class"), "{found:?}");
+        }
+        let keys = keys(&format!("keys: [ {{ name: a, sha256: '{hash}' }} ]"));
+        let Found::Valid(who) = keys.find(b"token", SystemTime::now()) else {
+            panic!("not found");
+        };
+        assert_eq!(who.class, Class::Interactive);
     }
 
     #[test]

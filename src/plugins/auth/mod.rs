@@ -44,7 +44,7 @@ pub use token::{hash_token, new_token};
 use super::{Build, ConfigError, Configure, Flow, Plugin};
 use crate::{
     config::{Config, problem::shown},
-    context::{Principal, RequestContext, Restrict},
+    context::{Class, Principal, RequestContext, Restrict},
     error::{Error, Result},
 };
 
@@ -366,6 +366,9 @@ fn bearer(value: &[u8]) -> Presented<'_> {
 /// Narrows where the exchange may go to what the key may reach.
 fn narrow(restrict: &mut Restrict, who: &Principal) {
     restrict.local |= who.local;
+    if who.class == Class::Batch {
+        restrict.class = Class::Batch;
+    }
     let Some(allowed) = &who.groups else { return };
     restrict.groups = Some(match &restrict.groups {
         Some(groups) => groups
@@ -467,6 +470,7 @@ mod tests {
             restrict: Restrict::default(),
             route: "".into(),
             attempts: Vec::new(),
+            queued: std::time::Duration::ZERO,
         }
     }
 
