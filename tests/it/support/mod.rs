@@ -4,6 +4,7 @@
 //! ([`eventually`]).
 
 pub mod by_hand;
+pub mod frames;
 pub mod gateway;
 pub mod http;
 pub mod scripted;
