@@ -44,6 +44,8 @@ pub struct RequestContext {
     pub attempts: Vec<Attempt>,
     /// How long it has waited in line for a free upstream.
     pub queued: Duration,
+    /// How often another upstream went on with the answer.
+    pub takeovers: u32,
 }
 
 impl RequestContext {
@@ -156,6 +158,8 @@ pub enum Verdict {
     TimedOut,
     /// 404: the upstream does not know the model.
     NoModel,
+    /// It would not go on with what another began, or began anew.
+    NotContinued,
     /// A 4xx that is the caller's fault; passed on.
     CallersFault,
     /// It died after its answer had begun to reach the client.
@@ -175,6 +179,7 @@ impl Verdict {
             Self::Failed => "failed",
             Self::TimedOut => "timed_out",
             Self::NoModel => "no_model",
+            Self::NotContinued => "not_continued",
             Self::CallersFault => "callers_fault",
             Self::Cut => "cut",
             Self::Abandoned => "abandoned",

@@ -37,6 +37,9 @@ pub struct Metrics {
     pub attempts: IntCounterVec,
     /// Moves from one upstream to the next.
     pub failovers: IntCounterVec,
+    /// Answers that broke off: which upstream died, which was asked for the
+    /// rest (`-` if none was), and what came of it.
+    pub takeovers: IntCounterVec,
     /// Tries whose answer was not used and which may have been billed.
     pub maybe_billed: IntCounterVec,
     /// Requests that an upstream is working on.
@@ -127,6 +130,11 @@ impl Metrics {
                 "forebay_failovers_total",
                 "Moves from one upstream to the next",
                 &["from", "to"],
+            ),
+            takeovers: all.counters(
+                "forebay_takeovers_total",
+                "Streamed answers whose upstream died, and what another made of them",
+                &["from", "to", "result"],
             ),
             maybe_billed: all.counters(
                 "forebay_attempts_maybe_billed_total",

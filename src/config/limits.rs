@@ -79,6 +79,14 @@ pub struct Limits {
     /// The largest answer that is not streamed; 502 beyond it.
     #[schemars(extend("x-min" = "64KiB", "x-max" = "1GiB"))]
     pub answer: Size,
+    /// How often one streamed answer is taken over by another upstream; 0 is
+    /// never.
+    #[schemars(range(max = 100))]
+    pub takeovers: u32,
+    /// The most text of a streamed answer that is remembered for a takeover;
+    /// a longer one cannot be taken over.
+    #[schemars(extend("x-min" = "1KiB", "x-max" = "64MiB"))]
+    pub takeover_text: Size,
 }
 
 impl Default for Limits {
@@ -105,6 +113,8 @@ impl Default for Limits {
             keep_alive_requests: 1000,
             event: Size::mib(1),
             answer: Size::mib(64),
+            takeovers: 5,
+            takeover_text: Size::mib(1),
         }
     }
 }

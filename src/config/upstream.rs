@@ -32,6 +32,9 @@ pub struct Group {
     /// of its route; in the last one it waits as long as `queue` says.
     #[schemars(extend("x-min" = "1ms", "x-max" = "1h"))]
     pub spill_after: Time,
+    /// Whether a streamed answer whose upstream of this group died is gone on
+    /// with by another upstream.
+    pub takeover: bool,
     /// The upstreams; never empty.
     #[schemars(length(min = 1, max = 1000))]
     pub upstreams: Vec<Upstream>,
@@ -46,6 +49,7 @@ impl Default for Group {
             same_upstream_retries: 0,
             queue: Queue::default(),
             spill_after: Time::secs(2),
+            takeover: true,
             upstreams: Vec::new(),
         }
     }
@@ -101,6 +105,9 @@ pub struct Upstream {
     pub models: Vec<String>,
     /// Whether streams are asked for their usage (`stream_options.include_usage`).
     pub include_usage: bool,
+    /// Whether it can go on with an answer that another upstream began
+    /// (`continue_final_message`); absent means by its kind, or as it is learned.
+    pub r#continue: Option<bool>,
     /// How its certificate is checked.
     pub tls: Tls,
     /// How long each step may take.
@@ -125,6 +132,7 @@ impl Default for Upstream {
             keep_alive: None,
             models: Vec::new(),
             include_usage: true,
+            r#continue: None,
             tls: Tls::default(),
             timeouts: Timeouts::default(),
         }

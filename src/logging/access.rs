@@ -41,6 +41,8 @@ pub struct AccessLine<'a> {
     pub attempts: usize,
     /// Whether the fallback group answered.
     pub fallback: bool,
+    /// How often another upstream went on with the answer; written if it did.
+    pub takeovers: u32,
     /// Whether the answer was streamed.
     pub streamed: bool,
     /// Bytes of the request's body.
@@ -104,6 +106,9 @@ impl kv::Source for AccessLine<'_> {
         }
         pair("attempts", self.attempts.into())?;
         pair("fallback", self.fallback.into())?;
+        if self.takeovers > 0 {
+            pair("takeovers", self.takeovers.into())?;
+        }
         pair("streamed", self.streamed.into())?;
         pair("bytes_in", self.bytes_in.into())?;
         pair("bytes_out", self.bytes_out.into())?;
@@ -176,6 +181,7 @@ pub(super) mod tests {
             upstream: Some("gpu-1"),
             attempts: 2,
             fallback: false,
+            takeovers: 0,
             streamed: true,
             bytes_in: 120,
             bytes_out: 4096,

@@ -9,6 +9,7 @@
 //! - [`request`]: a checked request that keeps its bytes, and edits by splicing
 //! - [`sse`]: bytes in any pieces → events
 //! - [`event`]: what one event means: content, end, error, usage
+//! - [`continuation`]: an answer that broke off, gone on with elsewhere
 //! - [`whole`]: a whole answer told as a stream
 //! - [`upstream_error`]: what upstreams call an error → what a client is told
 //! - [`mod@retry_after`]: how long an upstream wants to be left alone
@@ -17,6 +18,7 @@
 //! out as the bytes it came in as; an edited one is spliced, never serialised
 //! anew, so that long integers, key order and white space survive.
 
+pub mod continuation;
 pub mod cursor;
 pub mod endpoint;
 pub mod event;

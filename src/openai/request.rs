@@ -318,7 +318,7 @@ impl Fnv {
 }
 
 /// Splices edits into an object; `None` if they change nothing.
-fn splice(raw: &[u8], object: &Object, edits: &[Edit<'_>]) -> Option<Vec<u8>> {
+pub(super) fn splice(raw: &[u8], object: &Object, edits: &[Edit<'_>]) -> Option<Vec<u8>> {
     let last_edit_of = |key: &[u8]| edits.iter().rev().find(|edit| edit.key().as_bytes() == key);
     let added = || {
         edits.iter().enumerate().filter_map(|(i, edit)| {
@@ -389,7 +389,7 @@ fn splice(raw: &[u8], object: &Object, edits: &[Edit<'_>]) -> Option<Vec<u8>> {
 }
 
 /// Returns a text as a JSON string.
-fn quoted(text: &str) -> Vec<u8> {
+pub(super) fn quoted(text: &str) -> Vec<u8> {
     serde_json::to_vec(text).expect("a string is always JSON")
 }
 

@@ -46,6 +46,14 @@ const QUOTA_WORDS: [&str; 2] = ["credit balance is too low", "insufficient balan
 /// message about a bad request, which repeats what the client wrote.
 const DAILY_WORDS: [&str; 3] = ["perday", "per day", "daily limit"];
 
+/// Words of messages about a prompt that is too long.
+const LENGTH_WORDS: [&str; 4] = [
+    "context length",
+    "context size",
+    "context window",
+    "too long",
+];
+
 /// An error as an upstream wrote it. Not for clients' eyes before
 /// [`into_client_error`](Self::into_client_error).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -107,6 +115,16 @@ impl UpstreamError {
             .flatten()
             .any(|word| QUOTA_CODES.contains(&word.as_str()));
         named || self.says(&QUOTA_WORDS)
+    }
+
+    /// Says whether the request was longer than the model can read.
+    pub fn is_about_length(&self) -> bool {
+        let is_code = |word: &&String| word.contains("context");
+        let named = [&self.code, &self.kind]
+            .into_iter()
+            .flatten()
+            .any(|word| is_code(&word));
+        named || self.says(&LENGTH_WORDS)
     }
 
     fn says(&self, any: &[&str]) -> bool {

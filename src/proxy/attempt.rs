@@ -18,6 +18,7 @@ use super::{
     client::{Client, Left, Waited},
     exchange::Ended,
     link::{self, Link, LinkError, WireRequest},
+    takeover::Told,
     verdict::{Failure, Judgement, judge},
 };
 use crate::{
@@ -48,6 +49,9 @@ pub(super) enum Tried {
     Failed(Failure),
     /// The caller's fault: this is the answer.
     PassOn(Error),
+    /// It died after its answer had begun to reach the client, who has been sent
+    /// all that came: [`Attempt::told`] says what that is.
+    Died(Failure),
 }
 
 /// What a try needs.
@@ -62,6 +66,9 @@ pub(super) struct Attempt<'a> {
     pub(super) deadline: Instant,
     /// The number of this try, from 1.
     pub(super) number: usize,
+    /// What the client has of the answer already, if this upstream is to go on
+    /// with it; afterwards, what it has.
+    pub(super) told: Option<Box<Told>>,
 }
 
 /// An answer whose header is in and says success.
@@ -110,10 +117,11 @@ impl Attempt<'_> {
         connector: &Arc<TransportConnector>,
         client: &mut Client<'_>,
     ) -> Result<Tried, Left> {
-        let request = self
-            .ctx
-            .request
-            .clone()
+        let rest = self.told.as_ref().and_then(|told| told.ask.as_ref());
+        let is_rest = rest.is_some();
+        let request = rest
+            .map(|ask| ask.request.clone())
+            .or_else(|| self.ctx.request.clone())
             .expect("an exchange has a parsed request");
         let encoded = match self.encode(&request) {
             Ok(encoded) => encoded,
@@ -147,6 +155,10 @@ impl Attempt<'_> {
         }
         if request.stream && answering.is_stream() {
             Box::pin(self.relay(answering, client)).await
+        } else if is_rest {
+            answering.link.close().await;
+            let why = "the rest of a stream that is none";
+            Ok(Tried::Failed(Failure::new(Verdict::Failed, why)))
         } else {
             Box::pin(self.answer(answering, client)).await
         }
@@ -304,6 +316,9 @@ impl Attempt<'_> {
         }
         answering.release().await;
         let error = UpstreamError::read(&body).without(self.upstream.secrets());
+        if let Some(failure) = self.refuses_rest(status, &error) {
+            return Ok(Tried::Failed(failure));
+        }
         Ok(match judge(status, error, wait) {
             Judgement::Failed(failure) => Tried::Failed(failure),
             Judgement::PassOn(error) => Tried::PassOn(error),

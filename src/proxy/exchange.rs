@@ -4,7 +4,8 @@
 //! The order is that of the plan: the upstreams of a group, the next group, the
 //! fallback. **Invariants:**
 //! - After the first byte of an answer has gone to the client, no other
-//!   upstream is tried.
+//!   upstream answers; another may go on with the answer
+//!   ([`takeover`](super::takeover)).
 //! - An upstream that is known to be down costs no try and no time.
 //! - A try that may have been billed is followed by at most one more
 //!   ([`Group::retry_ambiguous`](crate::config::Group)), and by the fallback.
@@ -24,6 +25,7 @@ use super::{
     admission::{Admission, Sought},
     attempt::{Attempt, Tried},
     client::{Client, Left, Waited},
+    takeover::{Death, Told},
     verdict::{self, Failure},
 };
 use crate::{
@@ -75,13 +77,15 @@ pub(super) struct Exchange<'a> {
     ambiguous_used: bool,
     affinity: u64,
     /// Every upstream that was tried.
-    tried: Vec<Arc<Upstream>>,
+    pub(super) tried: Vec<Arc<Upstream>>,
     /// What the last group said where everybody was busy.
     busy: Option<Error>,
+    /// What the client has of the answer, for the next try to go on with.
+    pub(super) told: Option<Box<Told>>,
 }
 
 /// What follows the tries in one group.
-enum Next {
+pub(super) enum Next {
     /// The client has its answer.
     Ended(Ended),
     /// The client gets this error.
@@ -90,6 +94,8 @@ enum Next {
     Group,
     /// Only the fallback may still try.
     Fallback,
+    /// The answer had begun when its upstream died.
+    Died(Box<Death>),
 }
 
 impl<'a> Exchange<'a> {
@@ -118,6 +124,7 @@ impl<'a> Exchange<'a> {
             affinity,
             tried: Vec::new(),
             busy: None,
+            told: None,
         }
     }
 
@@ -139,6 +146,7 @@ impl<'a> Exchange<'a> {
             match self.try_group(plan, step, client).await? {
                 Next::Ended(ended) => return Ok(Ok(ended)),
                 Next::Tell(error) => return Ok(Err(error)),
+                Next::Died(death) => return Ok(Ok(self.go_on(plan, *death, client).await?)),
                 Next::Group => {}
                 Next::Fallback => only_fallback = true,
             }
@@ -178,6 +186,10 @@ impl<'a> Exchange<'a> {
                 match self.try_one(step, slot, client).await? {
                     Next::Ended(ended) => return Ok(Some(Ok(ended))),
                     Next::Tell(error) => return Ok(Some(Err(error))),
+                    Next::Died(death) => {
+                        let ended = self.go_on(plan, *death, client).await?;
+                        return Ok(Some(Ok(ended)));
+                    }
                     Next::Group => {}
                     Next::Fallback => return Ok(None),
                 }
@@ -238,7 +250,7 @@ impl<'a> Exchange<'a> {
     /// [`Effort::Insist`] what should not be asked now is better than nothing:
     /// for the pin and for the fallback, that gets its one try whatever is known
     /// of it.
-    async fn seek(
+    pub(super) async fn seek(
         &mut self,
         plan: &Plan,
         step: &Step,
@@ -267,7 +279,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// Makes one try and notes what came of it.
-    async fn try_one(
+    pub(super) async fn try_one(
         &mut self,
         step: &Step,
         slot: Slot,
@@ -293,10 +305,12 @@ impl<'a> Exchange<'a> {
             upstream: &upstream,
             deadline: self.deadline,
             number,
+            told: self.told.take(),
         };
         // The slot is held to the end of this function: who gets it next must not
         // go to an upstream of which it is not yet noted that it is down.
         let tried = Box::pin(attempt.run(self.connector, client)).await;
+        self.told = attempt.told.take();
         let note = |verdict, status: Option<StatusCode>, maybe_billed| context::Attempt {
             group: Arc::clone(&step.group.name),
             upstream: Arc::clone(&upstream.name),
@@ -312,13 +326,24 @@ impl<'a> Exchange<'a> {
                 Err(Left)
             }
             Ok(Tried::Ended(ended)) => {
-                let cut = ended.verdict == Verdict::Cut;
-                // A stream that was merely too long is nobody's fault.
-                if cut && ended.error.as_deref() != Some(STREAM_TIMEOUT) {
-                    upstream.health.failed(Instant::now());
-                }
-                self.note(note(ended.verdict, Some(ended.status), cut));
+                self.note(note(ended.verdict, Some(ended.status), false));
                 Ok(Next::Ended(ended))
+            }
+            Ok(Tried::Died(failure)) => {
+                let told = self.told.take();
+                let told = told.expect("who dies leaves what the client has");
+                let now = Instant::now();
+                // A stream that was merely too long is nobody's fault.
+                if now < told.ends {
+                    upstream.health.failed(now);
+                }
+                self.note(note(Verdict::Cut, Some(StatusCode::OK), true));
+                Ok(Next::Died(Box::new(Death {
+                    takeover: step.group.config.takeover,
+                    upstream,
+                    failure,
+                    told,
+                })))
             }
             Ok(Tried::PassOn(error)) => {
                 upstream.health.succeeded();
@@ -349,7 +374,7 @@ impl<'a> Exchange<'a> {
         if failure.unsupported.is_none()
             && matches!(
                 failure.verdict,
-                Verdict::Rejected | Verdict::Credential | Verdict::NoModel
+                Verdict::Rejected | Verdict::Credential | Verdict::NoModel | Verdict::NotContinued
             )
         {
             // It said no, but it is there: a try after it was down ends here.

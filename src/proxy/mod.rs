@@ -38,7 +38,9 @@ mod local;
 mod record;
 mod relay;
 mod respond;
+mod sequel;
 mod serve;
+mod takeover;
 mod turned_away;
 mod verdict;
 

@@ -92,6 +92,7 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         upstream: last.map(|attempt| &*attempt.upstream),
         attempts: ctx.attempts.len(),
         fallback: last.is_some_and(|attempt| attempt.fallback),
+        takeovers: ctx.takeovers,
         streamed: outcome.streamed,
         bytes_in: bytes_in as u64,
         bytes_out: outcome.bytes_out,

@@ -6,6 +6,10 @@
 //! before it costs the client nothing. That event commits: the head goes out,
 //! then what was held, then every event as soon as it is whole.
 //!
+//! A stream that dies behind the commit leaves [`Told`] to whoever goes on with
+//! it ([`takeover`](super::takeover)); that one's stream is relayed here too, its
+//! events fitted by [`sequel`](super::sequel).
+//!
 //! **Invariant:** `[DONE]` is sent only if the upstream sent it, and never
 //! after an error event.
 
@@ -16,14 +20,15 @@ use bytes::{BufMut, Bytes, BytesMut};
 use super::{
     attempt::{Answering, Attempt, Tried},
     client::{Client, Left, Waited, event_stream},
-    exchange::{Ended, STREAM_TIMEOUT},
+    exchange::Ended,
+    sequel::Opening,
+    takeover::Told,
     verdict::Failure,
 };
 use crate::{
     context::{Ending, Verdict},
     dialects::DecodeError,
-    error::Error,
-    openai::{Endpoint, Facts, Frame, Framer, Usage, error_event, inspect, without_usage},
+    openai::{Endpoint, Facts, Frame, Framer, Usage, inspect, without_usage},
 };
 
 /// How long an upstream may send comments and nothing else.
@@ -33,21 +38,23 @@ const COMMENTS_ONLY_MAX: Duration = Duration::from_secs(600);
 const TAIL_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// One stream on its way.
-struct Relay {
+pub(super) struct Relay {
     answering: Answering,
     framer: Framer,
-    endpoint: Endpoint,
+    pub(super) endpoint: Endpoint,
     /// What goes out with the next write: before the commit all that is held.
     out: BytesMut,
-    committed: bool,
-    first_token: Option<Duration>,
-    usage: Option<Usage>,
+    pub(super) committed: bool,
+    pub(super) usage: Option<Usage>,
     last_event: Instant,
-    ends: Instant,
+    /// What the client has of the answer, from this upstream and others.
+    pub(super) told: Box<Told>,
+    /// The beginning of the rest of an answer, until it is known for what it is.
+    pub(super) opening: Opening,
 }
 
 /// What a batch of events came to.
-enum Step {
+pub(super) enum Step {
     /// More is to come.
     On,
     /// The last event is in `out`.
@@ -92,15 +99,16 @@ impl Attempt<'_> {
         client: &mut Client<'_>,
     ) -> Result<Tried, Left> {
         let now = Instant::now();
+        let told = self.told.take();
         let mut relay = Relay {
             framer: Framer::new(self.limits.event.get()),
             endpoint: self.endpoint(),
             out: BytesMut::new(),
             committed: false,
-            first_token: None,
             usage: None,
             last_event: now,
-            ends: now,
+            told: told.unwrap_or_else(|| Box::new(Told::new(self.ctx, self.limits, now))),
+            opening: Opening::default(),
             answering,
         };
         match self.pump(&mut relay, client).await {
@@ -108,13 +116,21 @@ impl Attempt<'_> {
                 let ended = self.finish(relay, client).await?;
                 Ok(Tried::Ended(ended))
             }
-            Ok(Err(failure)) if !relay.committed => {
-                relay.answering.link.close().await;
-                Ok(Tried::Failed(failure))
-            }
             Ok(Err(failure)) => {
-                let ended = self.break_off(relay, failure, client).await?;
-                Ok(Tried::Ended(ended))
+                relay.answering.link.close().await;
+                let died = relay.committed;
+                if died {
+                    // What came whole before the end is the client's.
+                    client.write(relay.out.split().freeze()).await?;
+                }
+                if died || relay.told.ask.is_some() {
+                    self.told = Some(relay.told);
+                }
+                Ok(if died {
+                    Tried::Died(failure)
+                } else {
+                    Tried::Failed(failure)
+                })
             }
             Err(Left) => {
                 relay.answering.link.close().await;
@@ -191,20 +207,34 @@ impl Attempt<'_> {
     async fn take_event(
         &mut self,
         relay: &mut Relay,
-        mut frame: Frame,
+        frame: Frame,
         facts: &Facts,
         client: &mut Client<'_>,
     ) -> Result<Step, Left> {
         if let Some(step) = self.look_at(relay, &frame, facts) {
             return Ok(step);
         }
+        if relay.told.ask.is_some() {
+            return Ok(self.take_sequel(relay, frame, facts, client));
+        }
         if facts.meaningful && !relay.committed {
             self.commit(relay, client).await?;
         }
+        Ok(self.pass_on(relay, frame, facts, client))
+    }
+
+    /// Hands an event to the plugins and puts it into `out`.
+    pub(super) fn pass_on(
+        &mut self,
+        relay: &mut Relay,
+        mut frame: Frame,
+        facts: &Facts,
+        client: &Client<'_>,
+    ) -> Step {
         if self.chain.wants_events
             && let Err(error) = self.chain.on_event(self.ctx, &mut frame)
         {
-            return Ok(broken(Verdict::Cut, error.to_string()));
+            return broken(Verdict::Cut, error.to_string());
         }
         if facts.done
             && let Some(comment) = self.last_comment(client, relay.answering.prompt_was_cut())
@@ -213,13 +243,13 @@ impl Attempt<'_> {
         }
         Self::keep(relay, &frame, facts);
         if facts.done {
-            return Ok(Step::Done);
+            return Step::Done;
         }
         if !relay.committed && relay.out.len() > self.limits.event.get() {
             self.metrics.limits.with_label_values(&["event"]).inc();
-            return Ok(broken(Verdict::Failed, "too much before the first token"));
+            return broken(Verdict::Failed, "too much before the first token");
         }
-        Ok(Step::On)
+        Step::On
     }
 
     /// The upstream ended its body in good order. By the standard what has no
@@ -272,7 +302,8 @@ impl Attempt<'_> {
         if !frame.is_comment {
             relay.last_event = Instant::now();
         }
-        if facts.done && !relay.committed && !facts.meaningful {
+        let nothing_held = relay.opening.is_empty();
+        if facts.done && !relay.committed && !facts.meaningful && nothing_held {
             return Some(broken(Verdict::Failed, "an empty answer"));
         }
         None
@@ -281,8 +312,8 @@ impl Attempt<'_> {
     async fn commit(&mut self, relay: &mut Relay, client: &mut Client<'_>) -> Result<(), Left> {
         relay.committed = true;
         self.upstream.health.succeeded();
-        relay.first_token = Some(self.ctx.started.elapsed());
-        relay.ends = Instant::now() + self.limits.stream_timeout.get();
+        relay.told.first_token = Some(self.ctx.started.elapsed());
+        relay.told.ends = Instant::now() + self.limits.stream_timeout.get();
         let mut head = event_stream(self.answer_headers());
         if let Err(error) = self.chain.on_response(self.ctx, &mut head).await {
             log::warn!("plugin failed on a response: id={} {error}", self.ctx.id);
@@ -296,6 +327,8 @@ impl Attempt<'_> {
         if frame.is_comment && !relay.committed {
             return;
         }
+        let partial = &mut relay.told.partial;
+        partial.take(frame, facts.content_events, facts.usage);
         if relay.answering.hide_usage {
             if facts.usage_only {
                 return;
@@ -312,7 +345,7 @@ impl Attempt<'_> {
     /// the comment that says it before the last event: who answered, and whether
     /// the prompt was cut.
     pub(super) fn last_comment(&self, client: &Client<'_>, prompt_cut: bool) -> Option<String> {
-        if !client.head_was_early() && !prompt_cut {
+        if !client.head_was_early() && !prompt_cut && self.ctx.takeovers == 0 {
             return None;
         }
         let mut who = serde_json::json!({
@@ -323,6 +356,9 @@ impl Attempt<'_> {
         });
         if let Some(who) = who.as_object_mut().filter(|_| prompt_cut) {
             who.insert("prompt_cut".to_owned(), true.into());
+        }
+        if let (1.., Some(who)) = (self.ctx.takeovers, who.as_object_mut()) {
+            who.insert("takeovers".to_owned(), self.ctx.takeovers.into());
         }
         Some(format!(": forebay {who}\n\n"))
     }
@@ -342,7 +378,7 @@ impl Attempt<'_> {
         }
         (Instant::now() + timeouts.inter_token)
             .min(relay.last_event + COMMENTS_ONLY_MAX)
-            .min(relay.ends)
+            .min(relay.told.ends)
     }
 
     /// Sends the last event, and keeps the upstream's connection if its framing
@@ -369,50 +405,7 @@ impl Attempt<'_> {
             status: http::StatusCode::OK,
             error: None,
             streamed: true,
-            first_token: relay.first_token,
-            usage: relay.usage,
-        })
-    }
-
-    /// Tells the client by an event that the answer is not complete.
-    async fn break_off(
-        &mut self,
-        mut relay: Relay,
-        failure: Failure,
-        client: &mut Client<'_>,
-    ) -> Result<Ended, Left> {
-        log::warn!(
-            "answer broken off: id={} upstream={} cause={}",
-            self.ctx.id,
-            self.upstream.name,
-            failure.cause
-        );
-        relay.answering.link.close().await;
-        let error = if relay.ends <= Instant::now() {
-            self.metrics
-                .limits
-                .with_label_values(&[STREAM_TIMEOUT])
-                .inc();
-            let message = "the answer took longer than a stream may";
-            Error::new(
-                http::StatusCode::BAD_GATEWAY,
-                "server_error",
-                STREAM_TIMEOUT,
-                message,
-            )
-        } else {
-            incomplete(failure.verdict)
-        };
-        let mut out = relay.out.split();
-        out.put_slice(&error_event(&error));
-        client.finish(out.freeze()).await?;
-        Ok(Ended {
-            ending: Ending::Incomplete,
-            verdict: Verdict::Cut,
-            status: http::StatusCode::OK,
-            error: error.code,
-            streamed: true,
-            first_token: relay.first_token,
+            first_token: relay.told.first_token,
             usage: relay.usage,
         })
     }
@@ -426,21 +419,6 @@ fn is_event(data: &[u8]) -> bool {
     data.is_empty() || is_object && std::str::from_utf8(data).is_ok()
 }
 
-fn broken(verdict: Verdict, cause: impl Into<String>) -> Step {
+pub(super) fn broken(verdict: Verdict, cause: impl Into<String>) -> Step {
     Step::Broken(Failure::new(verdict, cause))
-}
-
-/// The error event of an answer that broke off.
-fn incomplete(verdict: Verdict) -> Error {
-    let (code, message) = match verdict {
-        Verdict::TimedOut => (
-            "upstream_idle",
-            "the model server stopped sending before its answer was complete",
-        ),
-        _ => (
-            "upstream_incomplete",
-            "the model server failed before its answer was complete",
-        ),
-    };
-    Error::new(http::StatusCode::BAD_GATEWAY, "server_error", code, message)
 }

@@ -76,6 +76,7 @@ impl Proxy {
                 route: Arc::from(""),
                 attempts: Vec::new(),
                 queued: Duration::ZERO,
+                takeovers: 0,
             },
             snapshot: Arc::clone(snapshot),
             chain: None,

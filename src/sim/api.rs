@@ -13,7 +13,7 @@ use super::{
     SimOptions,
     answers::{Answer, Shape, Text, ToolCall, Usage, hash, mix, quoted},
     base64::base64,
-    faults::{ErrorBody, Fault},
+    faults::{Continuation, ErrorBody, Fault},
     http::Head,
 };
 
@@ -348,7 +348,12 @@ fn answer(
             let messages = ask.messages.as_deref().filter(|list| !list.is_empty());
             let messages = messages
                 .ok_or_else(|| Reply::bad("messages: at least one is needed", Some("messages")))?;
-            let goes_on = ask.continue_final_message == Some(true);
+            let asked = ask.continue_final_message == Some(true);
+            if asked && fault.continuation == Some(Continuation::Reject) {
+                let why = "extra fields not permitted: continue_final_message";
+                return Err(Reply::bad(why, Some("continue_final_message")));
+            }
+            let goes_on = asked && fault.continuation.is_none();
             if goes_on && ask.add_generation_prompt == Some(true) {
                 let why = "continue_final_message and add_generation_prompt exclude each other";
                 return Err(Reply::bad(why, Some("continue_final_message")));

@@ -106,6 +106,8 @@ pub struct Fault {
     pub empty_stream: bool,
     /// Knows no model.
     pub refuse_model: bool,
+    /// What becomes of `continue_final_message`, instead of being honoured.
+    pub continuation: Option<Continuation>,
     /// The natural length of the answer in tokens, instead of `--tokens`.
     pub tokens: Option<usize>,
 }
@@ -203,6 +205,16 @@ words! {
         Cr = "cr",
         /// `\r\n`
         Crlf = "crlf",
+    }
+}
+
+words! {
+    /// What becomes of the wish to go on with a partial message.
+    Continuation {
+        /// It is not read: the answer begins anew.
+        Ignore = "ignore",
+        /// It is an unknown field: 400.
+        Reject = "reject",
     }
 }
 
@@ -308,6 +320,7 @@ pub const KNOBS: &[Knob] = &[
     knob!("continuous_usage", continuous_usage, "", ON, "sends `usage` in every event"),
     knob!("empty_stream", empty_stream, "", ON, "streams no event at all"),
     knob!("refuse_model", refuse_model, "", ON, "knows no model: 404"),
+    knob!("continue", continuation, "ignore|reject", None, "does not know `continue_final_message`: begins anew, or answers 400"),
     knob!("tokens", tokens, "N", None, "the natural length of the answer, instead of `--tokens`"),
 ];
 

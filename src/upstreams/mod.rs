@@ -36,6 +36,6 @@ pub use queue::{Key, Reason, Refused, Rules};
 pub use resolve::{Addresses, Unresolved};
 pub use strategies::{STRATEGIES, Strategy};
 pub use tls::connector_options;
-pub use upstream::{Refusal, Secrets, Slot, Upstream};
+pub use upstream::{Continues, Refusal, Secrets, Slot, Upstream};
 pub use url::BaseUrl;
 pub use waiting::{Effort, Entered, Place, Seeker, Told, Waiting};

@@ -15,7 +15,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{
-            AtomicI64, AtomicU32, AtomicU64, AtomicUsize,
+            AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -39,8 +39,9 @@ use super::{
     waiting::{Lease, Waiting},
 };
 use crate::{
-    config::{self, ResolvedTimeouts, Secret, SecretRef},
+    config::{self, Kind, ResolvedTimeouts, Secret, SecretRef},
     context::Pattern,
+    openai::Endpoint,
 };
 
 /// The values of the secrets that the configuration names.
@@ -70,6 +71,8 @@ pub struct Upstream {
     pub discovery: Arc<Discovery>,
     /// How large a context its models have.
     pub contexts: Arc<ContextSizes>,
+    /// Whether it was found not to go on with what another began.
+    starts_over: Arc<AtomicBool>,
     /// What smooth weighted turns owe it. Belongs to
     /// [`strategies`](super::strategies); nobody else may touch it. Here and not
     /// there so that it goes with the upstream when groups change.
@@ -109,6 +112,17 @@ pub enum Refusal {
     Busy,
     /// It is down, cooling, off, or being tried by another request.
     Unavailable,
+}
+
+/// Whether an upstream can go on with an answer that another began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Continues {
+    /// It is known to, by its kind or by the YAML.
+    Yes,
+    /// Nobody knows: it may refuse, or begin anew.
+    Perhaps,
+    /// It does not.
+    No,
 }
 
 /// What makes an upstream's configuration useless.
@@ -220,6 +234,9 @@ pub fn build(
         health,
         discovery,
         contexts,
+        starts_over: previous
+            .filter(|old| old.base == base)
+            .map_or_else(Arc::default, |old| Arc::clone(&old.starts_over)),
         credit: AtomicI64::new(0),
         models: config
             .models
@@ -281,6 +298,26 @@ impl Upstream {
             None => Some(config::KeepAlive::DEFAULT),
         };
         self.contexts.choose(model, tokens, most, kept, now)
+    }
+
+    /// Returns whether it can go on with an answer of this endpoint that another
+    /// upstream began. A completion is gone on with by any server that puts its
+    /// prompt through no template.
+    pub fn continues(&self, endpoint: Endpoint) -> Continues {
+        match (self.config.r#continue, self.config.kind, endpoint) {
+            (Some(false), _, _) => Continues::No,
+            (Some(true), _, _) => Continues::Yes,
+            (None, Kind::Ollama, _) => Continues::No,
+            (None, _, Endpoint::Completions) => Continues::Yes,
+            (None, Kind::Vllm | Kind::Llamacpp, _) => Continues::Yes,
+            _ if self.starts_over.load(Relaxed) => Continues::No,
+            _ => Continues::Perhaps,
+        }
+    }
+
+    /// Notes that it does not go on with what another began.
+    pub fn found_to_start_over(&self) {
+        self.starts_over.store(true, Relaxed);
     }
 
     /// Takes a slot whatever its health is; `None` at `concurrent`. For the

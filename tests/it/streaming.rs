@@ -34,6 +34,11 @@ routes:
     )
 }
 
+/// The same, with a group `gpus` whose answers nobody goes on with.
+fn without_takeover(config: &str) -> String {
+    config.replace("  gpus:\n", "  gpus:\n    takeover: false\n")
+}
+
 /// The data of each event, read as the standard says.
 fn events(answer: &Answer) -> Vec<String> {
     answer
@@ -476,7 +481,8 @@ async fn an_upstream_that_is_not_to_be_asked_for_usage_gets_the_body_untouched()
 async fn a_stream_that_dies_after_its_first_token_is_kept_and_ends_with_an_error_event() {
     let (first, second) = (sim("gpu-1").await, sim("gpu-2").await);
     let quick = "timeouts: { inter_token: 600ms }";
-    let gateway = Gateway::start(&pair(&first.url(), quick, &second.url())).await;
+    let config = pair(&first.url(), quick, &second.url());
+    let gateway = Gateway::start(&without_takeover(&config)).await;
     let expected = unfaulted(&gateway).await;
     let words = |count| {
         let words: Vec<&str> = expected.split(' ').take(count).collect();
@@ -520,7 +526,8 @@ async fn a_stream_that_dies_after_its_first_token_is_kept_and_ends_with_an_error
 #[tokio::test]
 async fn a_reset_after_the_first_token_ends_with_an_error_event() {
     let (first, second) = (ByHand::listen().await, sim("gpu-2").await);
-    let gateway = Gateway::start(&pair(&first.url(), "", &second.url())).await;
+    let config = without_takeover(&pair(&first.url(), "", &second.url()));
+    let gateway = Gateway::start(&config).await;
     let mut client = asking(&gateway).await;
     let mut call = first.accept().await;
     call.send(STREAM_HEAD).await;

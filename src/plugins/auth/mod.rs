@@ -471,6 +471,7 @@ mod tests {
             route: "".into(),
             attempts: Vec::new(),
             queued: std::time::Duration::ZERO,
+            takeovers: 0,
         }
     }
 

@@ -1,0 +1,314 @@
+//! An answer that broke off, gone on with elsewhere: what of it is there, how
+//! another server is asked for the rest, and how that rest is made to read like
+//! the same answer.
+//!
+//! [`Partial`] collects what the client has been sent, [`Partial::ask`] makes
+//! the request for the rest, [`Sequel`] fits the events that come of it.
+//! Measured on real servers: a model goes on exactly where it broke off only
+//! after a whole token, that is, after a whole delivered event; and many chat
+//! templates trim a message, so that it goes out without its trailing white
+//! space, which is then owed by the rest.
+//!
+//! **Invariant:** nothing that the client has is sent to it again, and nothing
+//! is asked for that was not delivered: the text of a partial is that of whole
+//! events, in their order.
+
+mod ask;
+mod chunk;
+mod sequel;
+#[cfg(test)]
+mod tests;
+
+use bytes::Bytes;
+
+pub use sequel::{Heard, Sequel, Unfitting};
+
+use self::{ask::unfit, chunk::Chunk};
+use super::{ApiRequest, Edit, Endpoint, Frame, Usage, cursor::Cursor, json};
+
+/// The keys that bound the tokens of an answer; `n_predict` is llama.cpp's.
+const BOUNDS: [&str; 3] = ["max_tokens", "max_completion_tokens", "n_predict"];
+
+/// Why nobody can go on with an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// Not a stream of chat or of text completions.
+    Endpoint,
+    /// More than one choice.
+    Choices,
+    /// Log probabilities or token ids are told, or were asked for.
+    Logprobs,
+    /// The answer has to follow a grammar.
+    Structured,
+    /// A tool call has begun, or is forced.
+    ToolCall,
+    /// A refusal has begun.
+    Refusal,
+    /// Sound, images, or content that is no plain text.
+    NotText,
+    /// The prompt is more than one text, or comes back in the answer.
+    Prompt,
+    /// The client itself began the answer in a way that servers read apart.
+    Prefill,
+    /// Reasoning has begun, and is not over or is all there is.
+    Reasoning,
+    /// It has its finish reason.
+    Finished,
+    /// It is longer than what is remembered of an answer.
+    TooLong,
+}
+
+impl Obstacle {
+    /// Returns the word for logs: `tool_call`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Endpoint => "endpoint",
+            Self::Choices => "choices",
+            Self::Logprobs => "logprobs",
+            Self::Structured => "structured",
+            Self::ToolCall => "tool_call",
+            Self::Refusal => "refusal",
+            Self::NotText => "not_text",
+            Self::Prompt => "prompt",
+            Self::Prefill => "prefill",
+            Self::Reasoning => "reasoning",
+            Self::Finished => "finished",
+            Self::TooLong => "too_long",
+        }
+    }
+}
+
+/// What makes the chunks of one answer one, as the first upstream wrote it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Identity {
+    id: Option<Bytes>,
+    created: Option<Bytes>,
+    model: Option<Bytes>,
+    fingerprint: Option<Bytes>,
+}
+
+/// What the client has of a streamed answer.
+#[derive(Debug)]
+pub struct Partial {
+    endpoint: Endpoint,
+    /// The text as JSON writes it, escapes and all, without quotes: so pieces
+    /// can be put together without being read.
+    text: Vec<u8>,
+    /// The most of `text` that is remembered, in bytes.
+    text_max: usize,
+    obstacle: Option<Obstacle>,
+    identity: Option<Identity>,
+    has_role: bool,
+    /// How many events brought something new: nearly the tokens.
+    deltas: u64,
+    told: Option<Usage>,
+    reasoned: bool,
+    /// Whether the last event that brought something brought reasoning.
+    is_reasoning: bool,
+}
+
+/// What is to be done about an answer that broke off.
+#[derive(Debug)]
+pub enum Rest {
+    /// Ask for the rest.
+    Ask(Box<Ask>),
+    /// There is no rest: it has as many tokens as the client wished for.
+    Nothing,
+}
+
+/// How another upstream is asked for the rest.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// The client's request with the partial answer in it.
+    pub request: ApiRequest,
+    /// Whether the upstream must be able to continue; without it the request is
+    /// an ordinary one.
+    pub continues: bool,
+    /// Fits the answer.
+    pub sequel: Sequel,
+}
+
+impl Partial {
+    /// Begins an answer to this request, of whose text at most `text_max` bytes
+    /// (with the escapes of JSON) are remembered.
+    pub fn new(request: &ApiRequest, text_max: usize) -> Self {
+        Self {
+            endpoint: request.endpoint,
+            text: Vec::new(),
+            text_max,
+            obstacle: unfit(request),
+            identity: None,
+            has_role: false,
+            deltas: 0,
+            told: None,
+            reasoned: false,
+            is_reasoning: false,
+        }
+    }
+
+    /// Adds an event that goes to the client; `news` says how many of its
+    /// choices bring something new, `usage` what it tells of that.
+    pub fn take(&mut self, frame: &Frame, news: u32, usage: Option<Usage>) {
+        self.deltas += u64::from(news);
+        self.told = usage.or(self.told);
+        let (None, Some(data)) = (self.obstacle, &frame.data) else {
+            return;
+        };
+        let chunk = Chunk::read(data);
+        if self.identity.is_none() && chunk.is_chunk {
+            let keep = |value: Option<&[u8]>| value.map(Bytes::copy_from_slice);
+            self.identity = Some(Identity {
+                id: keep(chunk.id),
+                created: keep(chunk.created),
+                model: keep(chunk.model),
+                fingerprint: keep(chunk.fingerprint),
+            });
+        }
+        self.has_role |= chunk.role;
+        self.obstacle = chunk.obstacle;
+        if chunk.reasoning {
+            self.reasoned = true;
+            self.is_reasoning = true;
+        }
+        if let Some(text) = chunk.text {
+            self.is_reasoning = false;
+            self.add(text);
+        }
+        if chunk.finished {
+            self.obstacle = self.obstacle.or(Some(Obstacle::Finished));
+        }
+        if self.obstacle.is_some() {
+            self.text = Vec::new();
+        }
+    }
+
+    /// Adds a JSON string.
+    fn add(&mut self, text: &[u8]) {
+        let inner = text.strip_prefix(b"\"").unwrap_or(text);
+        let inner = inner.strip_suffix(b"\"").unwrap_or(inner);
+        if self.text.len() + inner.len() > self.text_max {
+            self.obstacle = Some(Obstacle::TooLong);
+            return;
+        }
+        self.text.extend_from_slice(inner);
+    }
+
+    /// Returns why nobody could go on, if it is known already.
+    pub fn obstacle(&self) -> Option<Obstacle> {
+        self.obstacle
+    }
+
+    /// Returns how many tokens the client has: as the upstream told, or an
+    /// event each.
+    pub fn tokens(&self) -> u64 {
+        let told = self.told.map_or(0, |usage| usage.completion_tokens);
+        told.max(self.deltas)
+    }
+
+    /// Returns the usage of what the client has. Of the prompt nothing is known
+    /// unless the upstream told while it was sending.
+    pub fn usage(&self) -> Option<Usage> {
+        let mut usage = self.told.unwrap_or_default();
+        usage.completion_tokens = self.tokens();
+        usage.total_tokens = usage.prompt_tokens.saturating_add(usage.completion_tokens);
+        (usage.total_tokens > 0).then_some(usage)
+    }
+
+    /// Returns how the rest is asked for. `request` is the client's.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    pub fn ask(&self, request: &ApiRequest) -> Result<Rest, Obstacle> {
+        if let Some(obstacle) = self.obstacle {
+            return Err(obstacle);
+        }
+        if self.is_reasoning {
+            return Err(Obstacle::Reasoning);
+        }
+        let quoted_text = [b"\"", self.text.as_slice(), b"\""].concat();
+        // Half a surrogate pair is no text.
+        let text = json::text(&quoted_text).ok_or(Obstacle::NotText)?;
+        let Some(mut edits) = self.remaining_bounds(request) else {
+            return Ok(Rest::Nothing);
+        };
+        let sent = match self.endpoint {
+            Endpoint::ChatCompletions => text.trim_end(),
+            // A prompt goes through no template.
+            _ => &text,
+        };
+        if sent.is_empty() && self.reasoned {
+            return Err(Obstacle::Reasoning);
+        }
+        if !sent.is_empty() {
+            match self.endpoint {
+                Endpoint::ChatCompletions => edits.extend(ask::with_turn(request, sent)?),
+                _ => edits.push(ask::with_prompt(request, sent)?),
+            }
+        }
+        let raw = request.edited(&edits);
+        let asked = ApiRequest::parse(self.endpoint, raw, usize::MAX);
+        let asked = asked.map_err(|_| Obstacle::Prompt)?;
+        Ok(Rest::Ask(Box::new(Ask {
+            request: asked,
+            continues: !sent.is_empty(),
+            sequel: Sequel::of(self, sent, text.get(sent.len()..).unwrap_or_default()),
+        })))
+    }
+
+    /// Lowers every bound on tokens by what was delivered; `None` if one is
+    /// used up.
+    fn remaining_bounds(&self, request: &ApiRequest) -> Option<Vec<Edit<'static>>> {
+        let had = self.tokens();
+        let mut edits = Vec::new();
+        let wish = |key| Cursor::new(request.get(key)?).integer();
+        for key in BOUNDS {
+            if let Some(wish) = wish(key) {
+                let left = wish.checked_sub(had).filter(|left| *left > 0)?;
+                edits.push(Edit::set(key, left.to_string().into_bytes()));
+            }
+        }
+        if let Some(least) = wish("min_tokens") {
+            let left = least.saturating_sub(had).to_string();
+            edits.push(Edit::set("min_tokens", left.into_bytes()));
+        }
+        Some(edits)
+    }
+
+    /// Returns the events that end an answer that has all its tokens: the finish
+    /// reason `length`, the usage if it is wanted and known, and `[DONE]`.
+    pub fn ending(&self, want_usage: bool) -> Bytes {
+        let identity = self.identity.clone().unwrap_or_default();
+        let mut head = String::from("{");
+        for (key, value) in identity.members() {
+            if let Some(value) = value {
+                let value = String::from_utf8_lossy(value);
+                head.push_str(&format!("\"{key}\":{value},"));
+            }
+        }
+        let (object, empty) = match self.endpoint {
+            Endpoint::ChatCompletions => ("chat.completion.chunk", r#""delta":{}"#),
+            _ => ("text_completion", r#""text":"""#),
+        };
+        let mut out = format!(
+            "data: {head}\"object\":\"{object}\",\"choices\":[{{\"index\":0,{empty},\"finish_reason\":\"length\"}}]}}\n\n"
+        );
+        if let (true, Some(usage)) = (want_usage && self.told.is_some(), self.usage()) {
+            out.push_str(&format!(
+                "data: {head}\"object\":\"{object}\",\"choices\":[],\"usage\":{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{}}}}}\n\n",
+                usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+            ));
+        }
+        out.into()
+    }
+}
+
+impl Identity {
+    fn members(&self) -> [(&'static str, Option<&Bytes>); 4] {
+        [
+            ("id", self.id.as_ref()),
+            ("created", self.created.as_ref()),
+            ("model", self.model.as_ref()),
+            ("system_fingerprint", self.fingerprint.as_ref()),
+        ]
+    }
+}
