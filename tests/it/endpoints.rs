@@ -266,7 +266,9 @@ async fn a_stream_of_responses_fails_over_until_its_first_delta() {
 #[tokio::test]
 async fn a_stream_of_responses_or_completions_that_breaks_ends_with_an_error_event() {
     let (gpu, ollama) = (sim("gpu-1").await, sim("ollama-1").await);
-    let gateway = Gateway::start(&with_fallback(&[&gpu], &ollama)).await;
+    let config = with_fallback(&[&gpu], &ollama);
+    let config = config.replace("  gpus:\n", "  gpus:\n    takeover: false\n");
+    let gateway = Gateway::start(&config).await;
     let responses = json!({"model": "demo", "input": "Hello", "stream": true});
     let completions = json!({"model": "demo", "prompt": "Hello", "stream": true});
     for fault in ["die_at=8", "error_at=8", "die_at=8;how=mid_chunk"] {

@@ -37,3 +37,4 @@ mod slow_clients;
 mod smoke;
 mod smuggling;
 mod streaming;
+mod takeover;

@@ -69,7 +69,7 @@ pub(super) fn unfit(request: &ApiRequest) -> Option<Obstacle> {
     if forced("tool_choice") || forced("function_call") {
         return Some(Obstacle::ToolCall);
     }
-    let only_text = |kinds: &[u8]| !memchr::memmem::find(kinds, b"audio").is_some();
+    let only_text = |kinds: &[u8]| memchr::memmem::find(kinds, b"audio").is_none();
     if any(&["audio"]) || set("modalities").is_some_and(|kinds| !only_text(kinds)) {
         return Some(Obstacle::NotText);
     }
@@ -118,7 +118,7 @@ pub(super) fn with_turn(request: &ApiRequest, text: &str) -> Result<Vec<Edit<'st
 
 /// Adds the text to what the client itself let the assistant begin with.
 fn longer_turn(messages: &[u8], last: &Item<'_>, text: &str) -> Result<Vec<u8>, Obstacle> {
-    let object = json::scan(last.bytes, usize::MAX).map_err(|_| Obstacle::Prefill)?;
+    let object = json::scan(last.bytes, usize::MAX).map_err(|_why| Obstacle::Prefill)?;
     let content = object
         .find(last.bytes, "content")
         .ok_or(Obstacle::Prefill)?;

@@ -101,6 +101,8 @@ pub struct Partial {
     has_role: bool,
     /// How many events brought something new: nearly the tokens.
     deltas: u64,
+    /// How many of them, at the end, brought nothing but white space.
+    blank: u64,
     told: Option<Usage>,
     reasoned: bool,
     /// Whether the last event that brought something brought reasoning.
@@ -140,6 +142,7 @@ impl Partial {
             identity: None,
             has_role: false,
             deltas: 0,
+            blank: 0,
             told: None,
             reasoned: false,
             is_reasoning: false,
@@ -169,9 +172,11 @@ impl Partial {
         if chunk.reasoning {
             self.reasoned = true;
             self.is_reasoning = true;
+            self.blank = 0;
         }
         if let Some(text) = chunk.text {
             self.is_reasoning = false;
+            self.blank = if is_blank(text) { self.blank + 1 } else { 0 };
             self.add(text);
         }
         if chunk.finished {
@@ -228,13 +233,14 @@ impl Partial {
         let quoted_text = [b"\"", self.text.as_slice(), b"\""].concat();
         // Half a surrogate pair is no text.
         let text = json::text(&quoted_text).ok_or(Obstacle::NotText)?;
-        let Some(mut edits) = self.remaining_bounds(request) else {
-            return Ok(Rest::Nothing);
-        };
-        let sent = match self.endpoint {
-            Endpoint::ChatCompletions => text.trim_end(),
+        let (sent, tokens) = match self.endpoint {
+            // What is not sent is said once more.
+            Endpoint::ChatCompletions => (text.trim_end(), self.tokens() - self.blank),
             // A prompt goes through no template.
-            _ => &text,
+            _ => (&*text, self.tokens()),
+        };
+        let Some(mut edits) = self.remaining_bounds(request, tokens) else {
+            return Ok(Rest::Nothing);
         };
         if sent.is_empty() && self.reasoned {
             return Err(Obstacle::Reasoning);
@@ -247,24 +253,26 @@ impl Partial {
         }
         let raw = request.edited(&edits);
         let asked = ApiRequest::parse(self.endpoint, raw, usize::MAX);
-        let asked = asked.map_err(|_| Obstacle::Prompt)?;
+        let asked = asked.map_err(|_why| Obstacle::Prompt)?;
         Ok(Rest::Ask(Box::new(Ask {
             request: asked,
             continues: !sent.is_empty(),
-            sequel: Sequel::of(self, sent, text.get(sent.len()..).unwrap_or_default()),
+            sequel: Sequel::of(self, &text, sent.len(), tokens),
         })))
     }
 
-    /// Lowers every bound on tokens by what was delivered; `None` if one is
-    /// used up.
-    fn remaining_bounds(&self, request: &ApiRequest) -> Option<Vec<Edit<'static>>> {
-        let had = self.tokens();
+    /// Lowers every bound on tokens by those that are sent on; `None` if one is
+    /// used up by those that were delivered.
+    fn remaining_bounds(&self, request: &ApiRequest, had: u64) -> Option<Vec<Edit<'static>>> {
         let mut edits = Vec::new();
         let wish = |key| Cursor::new(request.get(key)?).integer();
         for key in BOUNDS {
             if let Some(wish) = wish(key) {
-                let left = wish.checked_sub(had).filter(|left| *left > 0)?;
-                edits.push(Edit::set(key, left.to_string().into_bytes()));
+                if wish <= self.tokens() {
+                    return None;
+                }
+                let left = wish.saturating_sub(had).to_string();
+                edits.push(Edit::set(key, left.into_bytes()));
             }
         }
         if let Some(least) = wish("min_tokens") {
@@ -310,5 +318,18 @@ impl Identity {
             ("model", self.model.as_ref()),
             ("system_fingerprint", self.fingerprint.as_ref()),
         ]
+    }
+}
+
+/// Says whether a JSON string is nothing but white space.
+fn is_blank(text: &[u8]) -> bool {
+    let mut rest = text.strip_prefix(b"\"").unwrap_or(text);
+    rest = rest.strip_suffix(b"\"").unwrap_or(rest);
+    loop {
+        rest = match rest {
+            [] => return true,
+            [b' ', rest @ ..] | [b'\\', b'n' | b'r' | b't', rest @ ..] => rest,
+            _ => return false,
+        };
     }
 }

@@ -23,7 +23,7 @@ pub struct Sequel {
     has_role: bool,
     /// White space that the client has and the upstream was not sent.
     owed: String,
-    /// The tokens that were delivered before.
+    /// The tokens of what was sent on.
     tokens: u64,
     /// The tokens of the client's prompt, if the first upstream told.
     prompt_tokens: Option<u64>,
@@ -55,16 +55,16 @@ pub struct Unfitting {
 }
 
 impl Sequel {
-    /// Fits what follows `partial`, of whose text `sent` is sent on and `owed`,
-    /// the white space behind it, is not.
-    pub(super) fn of(partial: &Partial, sent: &str, owed: &str) -> Self {
+    /// Fits what follows `partial`, of whose text the first `sent` bytes, which
+    /// are `tokens` tokens, are sent on; the white space behind them is not.
+    pub(super) fn of(partial: &Partial, text: &str, sent: usize, tokens: u64) -> Self {
         Self {
             identity: partial.identity.clone().unwrap_or_default(),
             has_role: partial.has_role,
-            owed: owed.to_owned(),
-            tokens: partial.tokens(),
+            owed: text.get(sent..).unwrap_or_default().to_owned(),
+            tokens,
             prompt_tokens: partial.told.map(|usage| usage.prompt_tokens),
-            opening: Opening::of(sent),
+            opening: Opening::of(text.get(..sent).unwrap_or_default()),
         }
     }
 
@@ -108,7 +108,7 @@ impl Sequel {
         if data.trim_ascii() == b"[DONE]" || data.trim_ascii().is_empty() {
             return Ok(Some(frame));
         }
-        let broken = |_| Unfitting {
+        let broken = |_why| Unfitting {
             why: "no valid JSON",
         };
         let object = json::scan(data, usize::MAX).map_err(broken)?;
@@ -189,7 +189,7 @@ impl Sequel {
                 why: "a second choice",
             });
         }
-        let broken = |_| Unfitting {
+        let broken = |_why| Unfitting {
             why: "a choice that is no object",
         };
         let object = json::scan(choice, usize::MAX).map_err(broken)?;

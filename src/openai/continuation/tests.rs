@@ -221,6 +221,16 @@ fn bounds_are_lowered_by_what_was_delivered() {
     let request = chat(r#""n_predict":-1,"max_tokens":null,"#);
     let ask = ask_of(&delivered(&request, &["a"]), &request);
     assert_eq!(body(&ask)["n_predict"], -1);
+    // What is not sent is said once more: an event of white space counts twice.
+    let request = chat(r#""max_tokens":10,"#);
+    let ask = ask_of(
+        &delivered(&request, &["a", "\n", " b ", " ", "\t\n"]),
+        &request,
+    );
+    assert_eq!(body(&ask)["max_tokens"], 7);
+    let request = completion(r#""max_tokens":10,"#);
+    let ask = ask_of(&delivered(&request, &["a", "\n"]), &request);
+    assert_eq!(body(&ask)["max_tokens"], 8);
     for bound in 1..=2 {
         let request = chat(&format!(r#""max_tokens":{bound},"#));
         let partial = delivered(&request, &["a", "b"]);

@@ -70,6 +70,12 @@ impl Call {
             .unwrap();
     }
 
+    /// The body of the request.
+    pub fn body(&self) -> &[u8] {
+        let end = self.request.windows(4).position(|four| four == b"\r\n\r\n");
+        end.map_or(&[], |at| &self.request[at + 4..])
+    }
+
     /// Sends bytes in a chunk of their own.
     pub async fn chunk(&mut self, bytes: impl AsRef<[u8]>) {
         let bytes = bytes.as_ref();
