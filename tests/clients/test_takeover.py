@@ -9,7 +9,7 @@ from servers import Gateway, LlamaCpp, get, upstream
 
 pytestmark = pytest.mark.gateway
 
-TOKENS = 3000
+TOKENS = 1500
 # The model says its sentence again and again, so that there is time to harm its server.
 ASK = {
     "model": "tiny",
@@ -57,9 +57,10 @@ def freeze(llama):
     llama.child.send_signal(signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("harm", [crash, freeze])
-# Each number is another place in the sentence: behind a word, a full stop, a line's end.
-@pytest.mark.parametrize("before", [1, 15, 16, 17, 40])
+# Each number is another place in the text: behind a word, a full stop, a line's end.
+@pytest.mark.parametrize(
+    ("harm", "before"), [(crash, 1), (crash, 15), (crash, 17), (freeze, 17), (freeze, 40)]
+)
 def test_the_answer_is_what_it_would_have_been(cluster, harm, before):
     client, llamas, gateway = cluster
     expected = client.chat.completions.create(**ASK)
