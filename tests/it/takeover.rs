@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Answer, Connection, Gateway, Scripted,
+    Answer, Connection, DEADLINE, Gateway, Scripted,
     by_hand::{ByHand, Call, STREAM_HEAD},
-    chat, chat_stream, group_of,
+    chat, chat_stream, eventually, group_of,
     http::{post, post_chat},
     scripted, sim, soon, upstream_at,
 };
@@ -734,4 +734,48 @@ async fn one_simulator_goes_on_with_the_words_of_another() {
         assert_eq!(answer.content(), whole.replace("gpu-2", "gpu-1"), "{at}");
         assert_eq!(answer.events().last().unwrap(), "[DONE]");
     }
+}
+
+#[tokio::test]
+async fn half_an_answer_waits_for_who_is_only_busy() {
+    let (gpu_1, gpu_2) = (ByHand::listen().await, sim("gpu-2").await);
+    let upstreams = [
+        upstream_at("gpu-1", &gpu_1.url(), "kind: vllm"),
+        upstream_at("gpu-2", &gpu_2.url(), "kind: vllm, concurrent: 1"),
+    ];
+    // The line in front of them has no place at all.
+    let config = format!(
+        "groups:\n{}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n",
+        group_of("gpus", "queue: { size: 0 }", &upstreams)
+    );
+    let gateway = Gateway::start(&config).await;
+    let mut client = asking(&gateway, &chat_stream("demo")).await;
+    let mut call = gpu_1.accept().await;
+    send_all(&mut call, &beginning()).await;
+    client.read_until("\" a \"").await;
+    gpu_2.fault("times=1;hang").await.unwrap();
+    let other = asking(&gateway, &chat_stream("demo")).await;
+    gpu_2
+        .wait_for(DEADLINE, |records| records.len() == 1)
+        .await
+        .unwrap();
+    drop(call);
+    let refused = r#"forebay_queue_refused_total{class="interactive",group="gpus",reason="full"}"#;
+    eventually("it was turned away", || async {
+        gateway.metric(refused).await >= Some(1.0)
+    })
+    .await;
+    drop(other);
+    let answer = client.answer().await;
+    assert!(
+        answer.content().starts_with("Once upon a "),
+        "{}",
+        answer.text()
+    );
+    assert!(
+        answer.text().ends_with("data: [DONE]\n\n"),
+        "{}",
+        answer.text()
+    );
+    assert_asked_to_continue(&gpu_2.records()[1].body, "Once upon a");
 }
