@@ -88,9 +88,18 @@ class Process:
         """Ends it the hard way: SIGKILL, as a crash would."""
         self._end(self.child.kill)
 
+    def freeze(self):
+        """SIGSTOP: its connections stay open, and nothing comes over them."""
+        self.child.send_signal(signal.SIGSTOP)
+
+    def thaw(self):
+        """SIGCONT: it goes on where it was."""
+        self.child.send_signal(signal.SIGCONT)
+
     def stop(self):
         """Asks it to end; kills it after 10 s."""
-        self._end(lambda: self.child.send_signal(signal.SIGTERM))
+        # A frozen process would not hear it.
+        self._end(lambda: (self.thaw(), self.child.send_signal(signal.SIGTERM)))
 
     def _end(self, how):
         if self.child.poll() is None:
@@ -117,6 +126,28 @@ class LlamaCpp(Process):
         status, body = get(f"{self.url}/slots")
         assert status == 200, f"{self.name} does not tell its slots: {status} {body}"
         return sum(slot["is_processing"] for slot in json.loads(body))
+
+
+class Ollama(Process):
+    """A stand-in for Ollama, before a real llama.cpp server."""
+
+    def __init__(self, name, llama, log_dir, port=None, arguments=()):
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, HERE / "ollama_standin.py", self.port, llama.url, *arguments]
+        super().__init__(name, command, f"{self.url}/standin/state", log_dir)
+
+    def state(self):
+        """Returns what it saw: calls, loads, bodies, and how many it answered at once."""
+        status, body = get(f"{self.url}/standin/state")
+        assert status == 200, f"{self.name}: {status} {body}"
+        return json.loads(body)
+
+    def fault(self, **fault):
+        """Sets what goes wrong with the next answer."""
+        body = json.dumps(fault).encode()
+        with urllib.request.urlopen(f"{self.url}/standin/fault", data=body, timeout=5) as answer:
+            assert answer.status == 200
 
 
 class Simulator(Process):
