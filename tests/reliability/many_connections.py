@@ -135,7 +135,8 @@ async def body(run, given):
     run.figure("good requests that failed", len(failures), not failures, "0")
     run.fail("failed", failures)
     run.figure("p99 s of good requests", percentile(seconds, 0.99), None, "")
-    for kind, what in (("fresh", "slow header"), ("kept", "slow header, kept"), ("idle", "not a byte")):
+    names = {"fresh": "slow header", "kept": "slow header, kept", "idle": "not a byte"}
+    for kind, what in names.items():
         oldest = max(ages[kind], default=0.0)
         good = bool(ages[kind]) and oldest <= deadline + SLACK
         run.figure(f"{what}: cut", len(ages[kind]), None, "")

@@ -20,26 +20,27 @@ from common import (
     upstream,
 )
 
-SERVICE, SLOTS = 0.1, 4
-CAPACITY = 2 * SLOTS / SERVICE
+SLOTS = 4
 
 
-def begin(run, prefix, keys=None):
-    sims = [
-        Sim(run, f"{prefix}-{number}", "--first-token", f"{SERVICE * 1000:.0f}ms")
-        for number in (1, 2)
-    ]
+def begin(run, prefix, service, keys=None):
+    """Starts two simulators, each of which takes this long for each of 4 requests at once."""
+    pause = f"{service * 1000:.0f}ms"
+    sims = [Sim(run, f"{prefix}-{number}", "--first-token", pause) for number in (1, 2)]
     upstreams = [upstream(sim, concurrent=SLOTS) for sim in sims]
     return sims, Gateway(run, one_group(upstreams), keys=keys)
 
 
 async def body(run, given):
-    await three_times(run, given)
-    await one_greedy(run, given)
+    # The bounded form is slow, so that a busy machine does not become the bottleneck.
+    service = 0.25 if given.short else 0.1
+    capacity = 2 * SLOTS / service
+    await three_times(run, given, service, capacity)
+    await one_greedy(run, given, service, capacity)
 
 
-async def three_times(run, given):
-    sims, gateway = begin(run, "gpu")
+async def three_times(run, given, service, capacity):
+    sims, gateway = begin(run, "gpu", service)
     client = Client(run, gateway.addr)
     good, refused, wrong = [], [], []
 
@@ -66,7 +67,7 @@ async def three_times(run, given):
     peak = await goodput(peak_seconds, asyncio.gather(*workers))
     normal = percentile([seconds for _, seconds in good], 0.5)
 
-    load = at_rate(3 * CAPACITY, given.seconds, one)
+    load = at_rate(3 * capacity, given.seconds, one)
     under_load = await goodput(given.seconds, load)
     waited = percentile([seconds for _, seconds in good], 0.99)
 
@@ -84,13 +85,15 @@ async def three_times(run, given):
     names = {name for name, _, _ in refused}
     lines = [line for line in gateway.access_lines() if line["request_id"] in names]
     itself = percentile([line["total_ms"] / 1000 for line in lines], 0.99)
-    run.figure("peak, good answers/s", peak, None, f"of {CAPACITY:.0f}")
+    run.figure("peak, good answers/s", peak, None, f"of {capacity:.0f}")
     share = under_load / peak
-    run.figure("goodput under 3x, of peak", share, share >= (0.7 if given.short else 0.9), ">= 0.9")
+    least = 0.5 if given.short else 0.9
+    run.figure("goodput under 3x, of peak", share, share >= least, f">= {least}")
     run.figure("turned away", len(refused), len(refused) > 0, "> 0")
     run.figure("turned away with", dict(Counter(status for *_, status in refused)), None, "")
-    run.figure("rejection p99 s, client", seen, None if given.short else seen <= 0.02, "<= 0.02")
-    run.figure("rejection p99 s, gateway", itself, None if given.short else itself <= 0.02, "<= 0.02")
+    for where, took in (("client", seen), ("gateway", itself)):
+        good = None if given.short else took <= 0.02
+        run.figure(f"rejection p99 s, {where}", took, good, "<= 0.02")
     run.figure("admitted, p99 s", waited, None, "")
     run.figure("neither good nor refused", len(wrong), not wrong, "0")
     run.fail("wrong", wrong)
@@ -99,11 +102,12 @@ async def three_times(run, given):
     gateway.stop()
 
 
-async def one_greedy(run, given):
+async def one_greedy(run, given, service, capacity):
     """A key that wants three times everything, and nine that want half of it together."""
-    tokens = {name: f"fb_{name}_{'x' * 30}" for name in ["greedy", *map("normal-{}".format, range(9))]}
+    names = ["greedy", *(f"normal-{number}" for number in range(9))]
+    tokens = {name: f"fb_{name}_{'x' * 30}" for name in names}
     keys = [{"name": name, "sha256": token} for name, token in tokens.items()]
-    sims, gateway = begin(run, "shared", keys)
+    sims, gateway = begin(run, "shared", service, keys)
     client = Client(run, gateway.addr)
     failures, seconds, statuses = [], [], Counter()
 
@@ -117,21 +121,27 @@ async def one_greedy(run, given):
         if fault := ask.fault_of(answer):
             failures.append((ask.request_id, fault))
 
+    async def steady(number, name, rate, length):
+        # They do not know of each other, and do not ask all at once.
+        await asyncio.sleep(number / 9 / rate)
+        await at_rate(rate, length, lambda: one(name))
+
     def normal(length):
-        rate = CAPACITY / 20
-        names = [name for name in tokens if name != "greedy"]
-        return asyncio.gather(*(at_rate(rate, length, lambda n=name: one(n)) for name in names))
+        rate = capacity / 20
+        return asyncio.gather(*(steady(*pair, rate, length) for pair in enumerate(names[1:])))
 
     length = 4 if given.short else 30
     await normal(length)
     alone = percentile(seconds, 0.99)
     seconds.clear()
-    greedy = asyncio.create_task(at_rate(3 * CAPACITY, length, lambda: one("greedy")))
+    greedy = asyncio.create_task(at_rate(3 * capacity, length, lambda: one("greedy")))
     await normal(length)
     await greedy
     client.close()
     run.figure("greedy key was answered", dict(statuses), None, "")
-    run.figure("failures of normal keys", len(failures), not failures, "0")
+    most = len(seconds) // 10 if given.short else 0
+    run.figure("requests of normal keys", len(seconds), None, "")
+    run.figure("failures of normal keys", len(failures), len(failures) <= most, f"<= {most}")
     run.fail("failed", failures)
     ratio = percentile(seconds, 0.99) / alone
     run.figure("p99 of normal keys, of alone", ratio, None, "<= 1.2")
