@@ -23,6 +23,9 @@ use crate::plugins::ResponseHead;
 /// are ignored by every client.
 const PING: &[u8] = b": ping\n\n";
 
+/// How much of an answer is written at once.
+const PIECE: usize = 64 * 1024;
+
 /// The client is gone: nobody is left to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Left;
@@ -214,11 +217,7 @@ impl<'a> Client<'a> {
             return Ok(());
         }
         self.bytes_out += piece.len() as u64;
-        let sent = self.session.write_response_body(Some(piece), false);
-        match timeout(self.write_timeout, sent).await {
-            Ok(Ok(())) => {}
-            _ => return Err(Left),
-        }
+        self.write_body(piece, false).await?;
         if self.ping_at.is_some() {
             self.ping_at = Some(Instant::now() + self.heartbeat);
         }
@@ -232,8 +231,22 @@ impl<'a> Client<'a> {
     pub(super) async fn finish(&mut self, piece: Bytes) -> Result<(), Left> {
         self.ping_at = None;
         self.bytes_out += piece.len() as u64;
-        let piece = (!piece.is_empty()).then_some(piece);
-        let sent = self.session.write_response_body(piece, true);
+        self.write_body(piece, true).await
+    }
+
+    /// Writes in pieces that each have `write_timeout`: a large answer over a
+    /// slow line takes as long as it needs, as long as it moves.
+    async fn write_body(&mut self, mut body: Bytes, end: bool) -> Result<(), Left> {
+        while body.len() > PIECE {
+            let piece = body.split_to(PIECE);
+            self.write_piece(Some(piece), false).await?;
+        }
+        let last = (!body.is_empty()).then_some(body);
+        self.write_piece(last, end).await
+    }
+
+    async fn write_piece(&mut self, piece: Option<Bytes>, end: bool) -> Result<(), Left> {
+        let sent = self.session.write_response_body(piece, end);
         match timeout(self.write_timeout, sent).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(Left),

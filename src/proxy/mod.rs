@@ -155,17 +155,15 @@ impl ProxyHttp for Proxy {
         let snapshot = self.gateway.snapshot();
         let live = state.live.insert(self.begin(session, &snapshot));
         self.gateway.resources.metrics.in_flight.inc();
-        // A panic ends this request, not the process, and not the other streams
-        // of an HTTP/2 connection.
-        let serving = AssertUnwindSafe(Box::pin(self.serve(session, live, &snapshot)));
-        let done = match serving.catch_unwind().await {
+        let serving = Box::pin(self.serve(session, live, &snapshot));
+        let done = match caught(serving).await {
             Ok(Ok(done)) => done,
             Ok(Err(Left)) => {
                 // Pingora would wait for the rest of the body otherwise.
                 cut(session).await;
                 Done::left(session.body_bytes_sent() as u64)
             }
-            Err(_panic) => self.after_panic(session, live).await,
+            Err(Panicked) => self.after_panic(session, live).await,
         };
         live.done = Some(done);
         Ok(true)
@@ -190,9 +188,14 @@ impl ProxyHttp for Proxy {
         let Some(live) = state.live.take() else {
             return;
         };
-        record::write(&self.gateway, live).await;
+        let metrics = &self.gateway.resources.metrics;
+        let id = Arc::clone(&live.ctx.id);
+        if let Err(Panicked) = caught(record::write(&self.gateway, live)).await {
+            metrics.panics.inc();
+            log::error!("request panicked at its end: id={id}");
+        }
         // Last: a stopping process waits for this.
-        self.gateway.resources.metrics.in_flight.dec();
+        metrics.in_flight.dec();
     }
 
     async fn upstream_peer(
@@ -205,5 +208,71 @@ impl ProxyHttp for Proxy {
             pingora::ErrorType::InternalError,
             why,
         ))
+    }
+}
+
+/// Something panicked; what is known of it is in the log already.
+#[derive(Debug, PartialEq, Eq)]
+struct Panicked;
+
+/// Does the work; a panic in it ends this request, not the process, and not the
+/// other streams of an HTTP/2 connection.
+async fn caught<T>(work: impl Future<Output = T>) -> std::result::Result<T, Panicked> {
+    AssertUnwindSafe(work)
+        .catch_unwind()
+        .await
+        .map_err(|_payload| Panicked)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::{config, gateway::catalog, resources::Resources};
+
+    fn proxy() -> Proxy {
+        let loaded = config::built_in(&catalog()).unwrap();
+        let gateway = Gateway::new(loaded, None, Arc::new(Resources::default())).unwrap();
+        let metrics = Arc::clone(&gateway.resources.metrics);
+        let connections = Arc::new(Connections::new(metrics, 10));
+        Proxy::new(Arc::new(gateway), Arc::default(), connections)
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_caught_wherever_it_happens() {
+        let at_once = async { panic!("at once") };
+        assert_eq!(caught::<()>(at_once).await, Err(Panicked));
+        let later = async {
+            tokio::task::yield_now().await;
+            panic!("later")
+        };
+        assert_eq!(caught::<()>(later).await, Err(Panicked));
+        assert_eq!(caught(async { 1 }).await, Ok(1));
+    }
+
+    #[tokio::test]
+    async fn a_request_that_panicked_gets_a_500_with_its_id_and_is_counted() {
+        let proxy = proxy();
+        let (near, mut far) = tokio::io::duplex(4096);
+        let mut session = Session::new_h1(Box::new(near));
+        let request = b"GET /livez HTTP/1.1\r\nhost: a\r\nx-request-id: my-id\r\n\r\n";
+        far.write_all(request).await.unwrap();
+        session.read_request().await.unwrap();
+        let snapshot = proxy.gateway.snapshot();
+        let live = proxy.begin(&session, &snapshot);
+        let done = proxy.after_panic(&mut session, &live).await;
+        assert_eq!(done.ended.status, 500);
+        drop(session);
+        let mut said = String::new();
+        far.read_to_string(&mut said).await.unwrap();
+        assert!(said.starts_with("HTTP/1.1 500 "), "{said}");
+        assert!(said.contains("x-request-id: my-id\r\n"), "{said}");
+        assert!(
+            said.to_lowercase().contains("connection: close\r\n"),
+            "{said}"
+        );
+        assert!(said.contains("\"code\":\"internal_error\""), "{said}");
+        assert_eq!(proxy.gateway.resources.metrics.panics.get(), 1);
     }
 }

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::interval;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::interval,
+};
 
 use crate::support::{
     Connection, Gateway,
@@ -194,4 +197,41 @@ async fn a_client_that_does_not_read_stops_the_upstream_within_little() {
     assert!(taken < 1 << 20, "{taken} bytes were taken");
     client.reset();
     call.closed().await;
+}
+
+#[tokio::test]
+async fn a_large_answer_over_a_slow_line_takes_as_long_as_it_needs() {
+    let upstream = ByHand::listen().await;
+    let limits = "limits: { write_timeout: 1s }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", group_of(&upstream.url()))).await;
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut client = socket.connect(gateway.addr).await.unwrap();
+    let sent = build(
+        "POST",
+        CHAT,
+        &[("connection", "close")],
+        chat("demo").as_bytes(),
+    );
+    client.write_all(&sent).await.unwrap();
+    let mut call = upstream.accept().await;
+    let text = "x".repeat(3_000_000);
+    let whole = format!(
+        r#"{{"choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}}}}]}}"#
+    );
+    call.send(crate::support::scripted::json(200, &whole)).await;
+    // A megabyte a second.
+    let mut tick = interval(Duration::from_millis(20));
+    let mut read = 0;
+    let mut piece = vec![0; 20_000];
+    loop {
+        tick.tick().await;
+        match soon("a piece", client.read_exact(&mut piece)).await {
+            Ok(count) => read += count,
+            Err(_) => break,
+        }
+    }
+    // The last piece is not full.
+    assert!(read + piece.len() > whole.len(), "cut after {read} bytes");
+    gateway.logged("status=200 ending=success").await;
 }
