@@ -76,9 +76,9 @@ async fn start_sims(options: &DemoOptions) -> anyhow::Result<Vec<Sim>> {
 }
 
 fn yaml(options: &DemoOptions, sims: &[Sim]) -> String {
-    let upstream = |sim: &Sim, kind| {
+    let upstream = |sim: &Sim, what| {
         format!(
-            "      - {{ name: {}, kind: {kind}, url: \"{}\" }}\n",
+            "      - {{ name: {}, {what}, url: \"{}\" }}\n",
             sim.name(),
             sim.url()
         )
@@ -87,8 +87,8 @@ fn yaml(options: &DemoOptions, sims: &[Sim]) -> String {
     let mut fallback = String::new();
     for sim in sims {
         match sim.name() {
-            "ollama" => fallback.push_str(&upstream(sim, "ollama")),
-            _ => gpus.push_str(&upstream(sim, "vllm")),
+            "ollama" => fallback.push_str(&upstream(sim, "dialect: ollama")),
+            _ => gpus.push_str(&upstream(sim, "kind: vllm")),
         }
     }
     format!(

@@ -91,6 +91,16 @@ pub(crate) enum Shape {
     Chat,
     Completion,
     Responses,
+    /// Ollama's own: lines of JSON.
+    NativeChat,
+    NativeGenerate,
+}
+
+impl Shape {
+    /// Whether it is Ollama's own.
+    pub(crate) const fn is_native(self) -> bool {
+        matches!(self, Self::NativeChat | Self::NativeGenerate)
+    }
 }
 
 /// A call of a function instead of text.
@@ -145,6 +155,8 @@ pub(crate) struct Answer {
     pub(crate) tool: Option<ToolCall>,
     pub(crate) prompt_tokens: usize,
     pub(crate) usage: Usage,
+    /// Whether Ollama's last line says nothing of tokens.
+    pub(crate) no_counts: bool,
 }
 
 /// Writes into memory, which cannot fail.
@@ -157,6 +169,9 @@ macro_rules! put {
 impl Answer {
     /// Returns how many tokens one choice has.
     pub(crate) fn tokens_each(&self) -> usize {
+        if self.shape.is_native() && self.tool.is_some() {
+            return 1; // whole, in one line
+        }
         self.tool
             .as_ref()
             .map_or(self.tokens, |tool| tool.pieces() + 1)
@@ -175,6 +190,7 @@ impl Answer {
             Shape::Chat => (self.choices, self.choices + usage),
             Shape::Completion => (0, self.choices + usage),
             Shape::Responses => (4, 4),
+            Shape::NativeChat | Shape::NativeGenerate => (0, 1),
         }
     }
 
@@ -194,7 +210,8 @@ impl Answer {
 
     /// Returns the text that ends a stream, if its shape has one.
     pub(crate) fn done(&self) -> Option<&'static [u8]> {
-        (self.shape != Shape::Responses).then_some(b"[DONE]")
+        let ends_so = self.shape != Shape::Responses && !self.shape.is_native();
+        ends_so.then_some(b"[DONE]")
     }
 
     /// Writes the JSON of an event; returns its `event:` name, if it has one.
@@ -203,6 +220,10 @@ impl Answer {
         let content = self.tokens_each() * self.choices;
         if self.shape == Shape::Responses {
             return Some(self.render_typed(event, out));
+        }
+        if self.shape.is_native() {
+            self.render_line(event, out);
+            return None;
         }
         let Some(index) = event.checked_sub(before) else {
             self.open(out);
@@ -249,6 +270,11 @@ impl Answer {
             out.extend_from_slice(content);
             out.extend_from_slice(b"\"}");
             return Some("response.output_text.delta");
+        }
+        if self.shape.is_native() {
+            self.open_line(content, None, false, out);
+            out.push(b'}');
+            return None;
         }
         self.open(out);
         let field: &[u8] = match self.shape {
@@ -347,6 +373,9 @@ impl Answer {
     pub(crate) fn whole(&self) -> Vec<u8> {
         if self.shape == Shape::Responses {
             return self.response("completed", true).to_string().into_bytes();
+        }
+        if self.shape.is_native() {
+            return self.whole_line();
         }
         let mut out = Vec::with_capacity(256 + self.tokens * self.choices * 8);
         let (prefix, object) = match self.shape {
@@ -543,6 +572,7 @@ mod tests {
             tool: None,
             prompt_tokens: 3,
             usage: Usage::Last,
+            no_counts: false,
         }
     }
 

@@ -15,6 +15,7 @@ use super::{
     base64::base64,
     faults::{Continuation, ErrorBody, Fault},
     http::Head,
+    ollama,
 };
 
 /// The most choices a request may ask for.
@@ -44,11 +45,11 @@ pub(crate) enum Content {
 }
 
 impl Reply {
-    fn json(status: u16, body: &Json) -> Self {
+    pub(super) fn json(status: u16, body: &Json) -> Self {
         Self::whole(status, "application/json", body.to_string().into_bytes())
     }
 
-    fn whole(status: u16, content_type: &'static str, body: Vec<u8>) -> Self {
+    pub(super) fn whole(status: u16, content_type: &'static str, body: Vec<u8>) -> Self {
         Self {
             status,
             content_type,
@@ -61,6 +62,11 @@ impl Reply {
     fn error(status: u16, kind: &str, message: &str, param: Option<&str>) -> Self {
         let error = json!({ "message": message, "type": kind, "param": param, "code": status });
         Self::json(status, &json!({ "error": error }))
+    }
+
+    /// Ollama's error: a text.
+    pub(super) fn native(status: u16, message: &str) -> Self {
+        Self::json(status, &json!({ "error": message }))
     }
 
     fn bad(message: &str, param: Option<&str>) -> Self {
@@ -82,8 +88,11 @@ impl Reply {
     }
 
     /// The answer while the line of waiting requests is full.
-    pub(crate) fn busy() -> Self {
+    pub(crate) fn busy(native: bool) -> Self {
         let message = "server busy, please try again.  maximum pending requests exceeded";
+        if native {
+            return Self::native(503, message);
+        }
         Self::error(503, "ServiceUnavailableError", message, None)
     }
 
@@ -92,8 +101,9 @@ impl Reply {
         Self::error(503, "unavailable_error", "Loading model", None)
     }
 
-    /// The answer that a fault's `status` or `early` asks for.
-    pub(crate) fn ordered(status: u16, fault: &Fault) -> Self {
+    /// The answer that a fault's `status` or `early` asks for, in the shape of
+    /// vLLM's errors, or of Ollama's on its `native` paths.
+    pub(crate) fn ordered(status: u16, fault: &Fault, native: bool) -> Self {
         let message = format!("the simulator was told to answer {status}");
         let (kind, code) = match status {
             400 | 404 | 413 | 422 => ("invalid_request_error", "invalid_request"),
@@ -102,7 +112,11 @@ impl Reply {
             429 => ("requests", "rate_limit_exceeded"),
             _ => ("server_error", "server_error"),
         };
-        let mut reply = match fault.body.unwrap_or(ErrorBody::Vllm) {
+        let mut reply = match fault.body.unwrap_or(if native {
+            ErrorBody::Ollama
+        } else {
+            ErrorBody::Vllm
+        }) {
             ErrorBody::Vllm => Self::error(status, kind, &message, None),
             ErrorBody::Openai => {
                 let error =
@@ -117,7 +131,7 @@ impl Reply {
                     json!({ "message": message, "type": kind, "param": null, "code": kind });
                 Self::json(status, &json!({ "error": error }))
             }
-            ErrorBody::Ollama => Self::json(status, &json!({ "error": message })),
+            ErrorBody::Ollama => Self::native(status, &message),
             ErrorBody::Detail => Self::json(status, &json!({ "detail": message })),
             ErrorBody::Empty => Self::whole(status, "text/plain; charset=utf-8", Vec::new()),
             ErrorBody::Html => {
@@ -153,40 +167,40 @@ impl Reply {
 /// A request to a model, as far as the simulator reads it.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Ask {
-    model: Option<String>,
-    stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
-    max_tokens: Option<u64>,
-    max_completion_tokens: Option<u64>,
-    max_output_tokens: Option<u64>,
-    n: Option<u64>,
-    messages: Option<Vec<Message>>,
-    prompt: Json,
-    input: Json,
-    tools: Option<Vec<Json>>,
-    tool_choice: Json,
-    continue_final_message: Option<bool>,
-    add_generation_prompt: Option<bool>,
-    encoding_format: Option<String>,
-    dimensions: Option<usize>,
-    query: Option<String>,
-    documents: Option<Vec<Json>>,
-    top_n: Option<usize>,
+pub(super) struct Ask {
+    pub(super) model: Option<String>,
+    pub(super) stream: Option<bool>,
+    pub(super) stream_options: Option<StreamOptions>,
+    pub(super) max_tokens: Option<u64>,
+    pub(super) max_completion_tokens: Option<u64>,
+    pub(super) max_output_tokens: Option<u64>,
+    pub(super) n: Option<u64>,
+    pub(super) messages: Option<Vec<Message>>,
+    pub(super) prompt: Json,
+    pub(super) input: Json,
+    pub(super) tools: Option<Vec<Json>>,
+    pub(super) tool_choice: Json,
+    pub(super) continue_final_message: Option<bool>,
+    pub(super) add_generation_prompt: Option<bool>,
+    pub(super) encoding_format: Option<String>,
+    pub(super) dimensions: Option<usize>,
+    pub(super) query: Option<String>,
+    pub(super) documents: Option<Vec<Json>>,
+    pub(super) top_n: Option<usize>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct StreamOptions {
+pub(super) struct StreamOptions {
     include_usage: Option<bool>,
     continuous_usage_stats: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Message {
+pub(super) struct Message {
     role: Option<String>,
-    content: Json,
+    pub(super) content: Json,
 }
 
 /// Whether a request is for a model, that is, what faults apply to.
@@ -219,6 +233,7 @@ pub(crate) fn reply(
             Reply::json(200, &json!({ "version": env!("CARGO_PKG_VERSION") }))
         }
         _ if !allowed => Reply::json(401, &json!({ "error": "Unauthorized" })),
+        _ if ollama::is_native(path) => ollama::reply(options, head, body, fault, id),
         "GET" | "HEAD" if ends("/models") => {
             let models: Vec<Json> = options.models.iter().map(|model| card(model)).collect();
             Reply::json(200, &json!({ "object": "list", "data": models }))
@@ -252,7 +267,7 @@ pub(crate) fn reply(
 }
 
 #[derive(Clone, Copy)]
-enum Call {
+pub(super) enum Call {
     Chat,
     Completion,
     Embeddings,
@@ -287,7 +302,7 @@ fn called(options: &SimOptions, call: Call, body: &[u8], fault: &Fault, id: u64)
     }
 }
 
-fn spoken(answer: Answer, streamed: bool) -> Reply {
+pub(super) fn spoken(answer: Answer, streamed: bool) -> Reply {
     if streamed {
         return Reply {
             status: 200,
@@ -304,7 +319,7 @@ fn spoken(answer: Answer, streamed: bool) -> Reply {
     }
 }
 
-fn answer(
+pub(super) fn answer(
     options: &SimOptions,
     call: Call,
     ask: &Ask,
@@ -400,6 +415,7 @@ fn answer(
         },
         prompt_tokens,
         usage,
+        no_counts: fault.no_usage,
     })
 }
 
@@ -418,7 +434,7 @@ fn conversation(messages: &[Message], goes_on: bool) -> (String, usize, usize) {
 }
 
 /// Returns the text of a content: a string, or a list of strings and parts.
-fn text_of(content: &Json) -> String {
+pub(super) fn text_of(content: &Json) -> String {
     match content {
         Json::String(text) => text.clone(),
         Json::Array(parts) => {
@@ -480,7 +496,7 @@ fn example(schema: &Json) -> Json {
 
 fn no_model(model: &str, fault: &Fault) -> Reply {
     if fault.body.is_some() || fault.retry_after.is_some() {
-        return Reply::ordered(404, fault);
+        return Reply::ordered(404, fault, false);
     }
     let message = format!("The model `{model}` does not exist.");
     Reply::error(404, "NotFoundError", &message, Some("model"))
@@ -516,7 +532,8 @@ fn drawn(seed: u64) -> f32 {
     f32::from(i16::from_le_bytes([a, b])) / 32768.0
 }
 
-fn embeddings(ask: &Ask, model: &str) -> Reply {
+/// Returns the vector of each input, and the words of all; or why there are none.
+pub(super) fn vectors(ask: &Ask, model: &str) -> Result<(Vec<Vec<f32>>, usize), Reply> {
     let inputs: Vec<String> = match &ask.input {
         Json::String(text) => vec![text.clone()],
         Json::Array(list) if list.iter().any(Json::is_number) => vec![ask.input.to_string()],
@@ -527,24 +544,36 @@ fn embeddings(ask: &Ask, model: &str) -> Reply {
                     .map_or_else(|| item.to_string(), str::to_owned)
             })
             .collect(),
-        _ => return Reply::bad("input: a text or a list of texts is needed", Some("input")),
+        _ => {
+            let why = "input: a text or a list of texts is needed";
+            return Err(Reply::bad(why, Some("input")));
+        }
     };
     let dimensions = ask.dimensions.unwrap_or(16);
     if !(1..=DIMENSIONS_MAX).contains(&dimensions) {
-        return Reply::bad("dimensions must be from 1 to 4096", Some("dimensions"));
+        let why = "dimensions must be from 1 to 4096";
+        return Err(Reply::bad(why, Some("dimensions")));
     }
-    let vector = |text: &str| -> Vec<f32> {
+    let vector = |text: &String| -> Vec<f32> {
         let seed = hash(hash(0, model.as_bytes()), text.as_bytes());
         (0..dimensions as u64)
             .map(|i| drawn(seed.wrapping_add(i)))
             .collect()
     };
+    let words = inputs.iter().map(|text| count_words(text)).sum();
+    Ok((inputs.iter().map(vector).collect(), words))
+}
+
+fn embeddings(ask: &Ask, model: &str) -> Reply {
+    let (vectors, words) = match vectors(ask, model) {
+        Ok(vectors) => vectors,
+        Err(reply) => return reply,
+    };
     let as_base64 = ask.encoding_format.as_deref() == Some("base64");
-    let data: Vec<Json> = inputs
+    let data: Vec<Json> = vectors
         .iter()
         .enumerate()
-        .map(|(index, text)| {
-            let vector = vector(text);
+        .map(|(index, vector)| {
             let embedding = if as_base64 {
                 let bytes: Vec<u8> = vector
                     .iter()
@@ -557,7 +586,6 @@ fn embeddings(ask: &Ask, model: &str) -> Reply {
             json!({ "object": "embedding", "index": index, "embedding": embedding })
         })
         .collect();
-    let words: usize = inputs.iter().map(|text| count_words(text)).sum();
     let usage = json!({ "prompt_tokens": words, "total_tokens": words });
     Reply::json(
         200,

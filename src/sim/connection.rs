@@ -21,6 +21,7 @@ use super::{
     api::{self, Content, Reply},
     faults::{EarlyThen, Fault},
     http::{Body, Head, Inbox, ReadError},
+    ollama,
     record::{Arrival, State},
     server::Shared,
     wire::{self, Manner, Out, Pace, Stop, Then},
@@ -235,7 +236,7 @@ impl<'a> Exchange<'a> {
     async fn early(&self, status: u16, inbox: &mut Inbox) -> Result<Then, Stop> {
         let mut ending = self.note(&Body::default(), false);
         let closes = self.fault.early_then != Some(EarlyThen::Read);
-        let reply = Reply::ordered(status, &self.fault);
+        let reply = Reply::ordered(status, &self.fault, self.is_native());
         let result = self
             .send(reply, self.manner(!closes && self.head.keep_alive))
             .await;
@@ -288,12 +289,23 @@ impl<'a> Exchange<'a> {
             return self.send(Reply::bad_fault(why), manner).await;
         }
         if let Some(status) = fault.status.filter(|status| *status >= 300) {
-            return self.send(Reply::ordered(status, fault), manner).await;
+            return self
+                .send(Reply::ordered(status, fault, self.is_native()), manner)
+                .await;
         }
         if fault.echo_headers {
             return self.send(Reply::echo(&self.head), manner).await;
         }
         let model_call = api::is_model_call(&self.head);
+        // Ollama loads behind the request, which waits.
+        if model_call && self.is_native() {
+            self.shared.loaded().await;
+        }
+        if self.shared.is_loading() && self.head.path().ends_with("/api/ps") {
+            return self
+                .send(ollama::ps(&self.shared.options, true), manner)
+                .await;
+        }
         if self.shared.is_loading() && (model_call || self.head.path().ends_with("/health")) {
             return self.send(Reply::loading(), manner).await;
         }
@@ -303,7 +315,7 @@ impl<'a> Exchange<'a> {
             false => Ok(None),
         };
         let Ok(_slot) = slot else {
-            return self.send(Reply::busy(), manner).await;
+            return self.send(Reply::busy(self.is_native()), manner).await;
         };
         let number = self.shared.next_answer();
         let mut reply = api::reply(
@@ -324,6 +336,11 @@ impl<'a> Exchange<'a> {
                 .update(id, |record| record.status = Some(status));
         }
         self.send(reply, manner).await
+    }
+
+    /// Whether it was asked in Ollama's own API.
+    fn is_native(&self) -> bool {
+        ollama::is_native(self.head.path())
     }
 
     async fn send(&self, reply: Reply, manner: Manner<'_>) -> Result<Then, Stop> {

@@ -8,7 +8,7 @@
 //!
 //! - [`faults`]: the knobs — start here to add one
 //! - [`record`]: what was received
-//! - `answers`, `api`: what is answered when nothing goes wrong
+//! - `answers`, `api`, `ollama`: what is answered when nothing goes wrong
 //! - `http`, `wire`, `stream`, `gzip`: reading and writing bytes
 //! - `server`, `connection`: the socket, and the life of one connection
 //! - `control`: the control port
@@ -24,6 +24,7 @@ mod control;
 pub mod faults;
 mod gzip;
 mod http;
+mod ollama;
 pub mod record;
 mod server;
 mod stream;

@@ -69,14 +69,21 @@ impl Shared {
     }
 
     pub(crate) fn is_loading(&self) -> bool {
-        if self.options.load.is_zero() {
-            return false;
+        !self.options.load.is_zero() && Instant::now() < self.loaded_at()
+    }
+
+    /// Waits until the model is loaded.
+    pub(crate) async fn loaded(&self) {
+        if self.is_loading() {
+            tokio::time::sleep_until(self.loaded_at().into()).await;
         }
-        let loaded_at = self
+    }
+
+    fn loaded_at(&self) -> Instant {
+        *self
             .loaded_at
             .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        Instant::now() < *loaded_at
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn next_answer(&self) -> u64 {

@@ -39,6 +39,9 @@ pub(crate) async fn events(
     };
     if let Some(pause) = fault.only_comments {
         let (newline, mut comment) = (newline(fault), b": keep-alive".to_vec());
+        if answer.shape.is_native() {
+            comment.clear(); // there are none between lines
+        }
         comment.extend([newline, newline].concat());
         return for_ever(&mut sink, &comment, pause).await;
     }
@@ -171,6 +174,12 @@ impl Events<'_> {
 
     fn push_error(&mut self) {
         self.scratch.clear();
+        if self.answer.shape.is_native() {
+            self.scratch.extend_from_slice(
+                br#"{"error":"an error was encountered while running the model"}"#,
+            );
+            return self.push_scratch(None, 0);
+        }
         self.scratch.extend_from_slice(
             br#"{"error":{"message":"EngineCore encountered an issue","type":"InternalServerError","param":null,"code":500}}"#,
         );
@@ -181,6 +190,11 @@ impl Events<'_> {
     fn push_scratch(&mut self, name: Option<&str>, number: usize) {
         let newline = newline(self.fault);
         let out = &mut self.group;
+        if self.answer.shape.is_native() {
+            out.extend_from_slice(&self.scratch);
+            out.extend_from_slice(newline);
+            return;
+        }
         if self.fault.comments {
             out.extend_from_slice(b": between events");
             out.extend_from_slice(newline);

@@ -541,6 +541,42 @@ async fn a_line_longer_than_an_event_may_be_is_refused() {
     gateway.metric_becomes(hits, 1.0).await;
 }
 
+#[tokio::test]
+async fn a_simulated_ollama_says_the_same_in_both_apis_and_dies_like_any_other() {
+    let sim = sim("ollama").await;
+    let (native, compatible) = (
+        upstream_at("native", &sim.url(), "dialect: ollama"),
+        upstream_at("compatible", &sim.url(), "kind: ollama"),
+    );
+    let yaml = format!(
+        "groups:\n  a:\n    upstreams:\n{native}  b:\n    upstreams:\n{compatible}routes:\n  - {{ model: a, groups: [a], rewrite: {{ a: demo }} }}\n  - {{ model: b, groups: [b], rewrite: {{ b: demo }} }}\n"
+    );
+    let gateway = Gateway::start(&yaml).await;
+    let whole = post_chat(gateway.addr, &chat("a")).await.content();
+    assert_eq!(whole, post_chat(gateway.addr, &chat("b")).await.content());
+    let streamed = post_chat(gateway.addr, &chat_stream("a")).await;
+    assert_eq!(streamed.content(), whole);
+    assert_eq!(sim.records().last().unwrap().target(), "/api/chat");
+
+    for fault in [
+        "die_at=3",
+        "die_at=3;how=rst",
+        "die_at=3;how=mid_chunk",
+        "die_at=3;how=mid_utf8+rst",
+        "error_at=3",
+    ] {
+        sim.fault(fault).await.unwrap();
+        let answer = post_chat(gateway.addr, &chat_stream("a")).await;
+        let said = answer.content();
+        assert!(
+            !said.is_empty() && whole.starts_with(&said),
+            "{fault}: {said}"
+        );
+        let last: Value = serde_json::from_str(&answer.events().pop().unwrap()).unwrap();
+        assert_eq!(last["error"]["code"], "upstream_incomplete", "{fault}");
+    }
+}
+
 // --- as a fallback ---
 
 #[tokio::test]
