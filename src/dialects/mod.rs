@@ -23,7 +23,7 @@ use http::{HeaderMap, StatusCode};
 use crate::{
     config::{self, Upstream},
     error::Error,
-    openai::ApiRequest,
+    openai::{ApiRequest, UpstreamError},
 };
 
 /// Says requests in the words of a kind of upstream, and lists its models.
@@ -33,6 +33,13 @@ pub trait Dialect: Send + Sync {
     /// # Errors
     /// What the upstream has no words for. Another upstream may have them.
     fn encode(&self, call: &Call<'_>) -> Result<Encoded, Unsupported>;
+
+    /// Returns the body to ask with once more if the upstream has refused
+    /// (with 400) a wish that can be left out without changing what is asked.
+    fn amended(&self, body: &[u8], error: &UpstreamError) -> Option<Bytes> {
+        let _ = (body, error);
+        None
+    }
 
     /// Returns where the upstream lists its models, as it is appended to the
     /// base URL.

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::{BufMut, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, StatusCode, header};
 use pingora::{connectors::TransportConnector, upstreams::peer::HttpPeer};
 
@@ -123,21 +123,33 @@ impl Attempt<'_> {
             .map(|ask| ask.request.clone())
             .or_else(|| self.ctx.request.clone())
             .expect("an exchange has a parsed request");
-        let encoded = match self.encode(&request) {
+        let mut encoded = match self.encode(&request) {
             Ok(encoded) => encoded,
             Err(why) => return Ok(Tried::Failed(Failure::unsupported(why))),
         };
-        let wire = self.wire_request(&encoded);
-        let mut answering = match self.open(connector, client, wire).await? {
-            Ok(answering) => answering,
-            Err(failure) => return Ok(Tried::Failed(failure)),
+        let mut is_amended = false;
+        let mut answering = loop {
+            let wire = self.wire_request(&encoded);
+            let answering = match self.open(connector, client, wire).await? {
+                Ok(answering) => answering,
+                Err(failure) => return Ok(Tried::Failed(failure)),
+            };
+            if answering.link.head().status.is_success() {
+                break answering;
+            }
+            let refusal = self.refused(answering, client).await?;
+            match self.amended(&encoded, &refusal) {
+                Some(body) if !is_amended => encoded.body = body,
+                _ => {
+                    let of_rest = self.refuses_rest(refusal.status, &refusal.error);
+                    return Ok(of_rest.map_or_else(|| refusal.judged(), Tried::Failed));
+                }
+            }
+            is_amended = true;
         };
         answering.hide_usage = encoded.hide_usage;
         answering.decoder = encoded.decoder;
         let status = answering.link.head().status;
-        if !status.is_success() {
-            return self.refused(answering, status, client).await;
-        }
         let headers = &answering.link.head().headers;
         if headers
             .get(header::CONTENT_ENCODING)
@@ -299,9 +311,9 @@ impl Attempt<'_> {
     async fn refused(
         &mut self,
         mut answering: Answering,
-        status: StatusCode,
         client: &mut Client<'_>,
-    ) -> Result<Tried, Left> {
+    ) -> Result<Refusal, Left> {
+        let status = answering.link.head().status;
         let wait = retry_after(&answering.link.head().headers, SystemTime::now());
         let deadline = self.deadline.min(Instant::now() + ERROR_BODY_TIMEOUT);
         let mut body = BytesMut::new();
@@ -315,14 +327,21 @@ impl Attempt<'_> {
             }
         }
         answering.release().await;
-        let error = UpstreamError::read(&body).without(self.upstream.secrets());
-        if let Some(failure) = self.refuses_rest(status, &error) {
-            return Ok(Tried::Failed(failure));
-        }
-        Ok(match judge(status, error, wait) {
-            Judgement::Failed(failure) => Tried::Failed(failure),
-            Judgement::PassOn(error) => Tried::PassOn(error),
+        Ok(Refusal {
+            status,
+            error: UpstreamError::read(&body).without(self.upstream.secrets()),
+            wait,
         })
+    }
+
+    /// Returns the body to ask with once more, if the upstream refused something
+    /// that it can be asked without.
+    fn amended(&self, encoded: &Encoded, refusal: &Refusal) -> Option<Bytes> {
+        if refusal.status != StatusCode::BAD_REQUEST {
+            return None;
+        }
+        let dialect = dialects::of(&self.upstream.config);
+        dialect.amended(&encoded.body, &refusal.error)
     }
 
     /// Says the request in the words of this upstream.
@@ -396,6 +415,22 @@ impl Attempt<'_> {
             self.number,
             self.step.fallback,
         )
+    }
+}
+
+/// An answer that is not a success, read.
+struct Refusal {
+    status: StatusCode,
+    error: UpstreamError,
+    wait: Option<Duration>,
+}
+
+impl Refusal {
+    fn judged(self) -> Tried {
+        match judge(self.status, self.error, self.wait) {
+            Judgement::Failed(failure) => Tried::Failed(failure),
+            Judgement::PassOn(error) => Tried::PassOn(error),
+        }
     }
 }
 

@@ -74,8 +74,9 @@ pub(super) fn judge(
         // 407 is about a proxy of ours, not of the caller's.
         401..=403 | 407 => Verdict::Credential,
         404 | 501 => Verdict::NoModel,
-        // 421, 425 and 426 are about our connection to the upstream.
-        408 | 421 | 425 | 426 | 300..=399 | 500.. => Verdict::Failed,
+        // 421, 425 and 426 are about our connection to the upstream, and so is
+        // 499: it says that we have left.
+        408 | 421 | 425 | 426 | 499 | 300..=399 | 500.. => Verdict::Failed,
         _ => return Judgement::PassOn(error.into_client_error(status)),
     };
     Judgement::Failed(Failure {
@@ -175,6 +176,7 @@ mod tests {
             (404, Verdict::NoModel),
             (501, Verdict::NoModel),
             (408, Verdict::Failed),
+            (499, Verdict::Failed),
             (302, Verdict::Failed),
             (500, Verdict::Failed),
             (502, Verdict::Failed),

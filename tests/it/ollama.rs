@@ -424,6 +424,36 @@ async fn both_shapes_of_error_mean_the_same() {
 }
 
 #[tokio::test]
+async fn a_model_that_cannot_think_answers_without_thinking() {
+    let ollama = ByHand::listen().await;
+    let gateway = Gateway::start(&yaml(&ollama.url(), "")).await;
+    let mut client = Connection::open(gateway.addr).await;
+    let body = json!({ "model": "m", "reasoning_effort": "low", "messages": [{ "role": "user", "content": "x" }] });
+    let body = body.to_string();
+    client
+        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
+        .await;
+    let mut call = ollama.accept().await;
+    assert!(call.text().contains(r#""think":"low""#));
+    let why = json!({ "error": "\"m\" does not support thinking" });
+    call.send(answer(
+        400,
+        &[
+            ("content-type", "application/json"),
+            ("connection", "close"),
+        ],
+        &why.to_string(),
+    ))
+    .await;
+    let mut call = ollama.accept().await;
+    assert!(!call.text().contains("think"), "{}", call.text());
+    call.send(chatted("hello")).await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status, answer.content().as_str()), (200, "hello"));
+    assert_eq!(answer.header("x-forebay-attempts"), Some("1"));
+}
+
+#[tokio::test]
 async fn what_ollama_cannot_be_told_goes_to_who_can_be_told() {
     let ollama = Scripted::by_target(&[]).await;
     let cloud = sim("cloud").await;

@@ -38,7 +38,7 @@ use serde_json::{Map, Value};
 
 use self::{size::Size, stream::Stream};
 use super::{Call, DecodeError, Decoder, Dialect, Encoded, Unsupported};
-use crate::openai::Endpoint;
+use crate::openai::{Endpoint, UpstreamError};
 
 /// Speaks Ollama's API.
 #[derive(Debug)]
@@ -80,6 +80,18 @@ impl Dialect for Ollama {
                 cut: false,
             })),
         })
+    }
+
+    /// A model that cannot think is asked without it: as a fallback for one
+    /// that can it is better than an error.
+    fn amended(&self, body: &[u8], error: &UpstreamError) -> Option<Bytes> {
+        let message = error.message.as_deref()?;
+        if !message.contains("does not support thinking") {
+            return None;
+        }
+        let mut body: Map<String, Value> = serde_json::from_slice(body).ok()?;
+        body.shift_remove("think")?;
+        serde_json::to_vec(&body).ok().map(Bytes::from)
     }
 
     fn models_suffix(&self) -> &'static str {

@@ -8,7 +8,7 @@ use super::Ollama;
 use crate::{
     config::{KeepAlive, Time, Upstream},
     dialects::{Call, DecodeError, Dialect, Encoded, Unsupported},
-    openai::{ApiRequest, Endpoint, Framer, inspect},
+    openai::{ApiRequest, Endpoint, Framer, UpstreamError, inspect},
 };
 
 const LINE_MAX: usize = 4096;
@@ -296,6 +296,30 @@ fn the_format_and_the_thinking_are_said() {
         false
     );
     assert_eq!(think(json!({ "think": true })), true);
+}
+
+#[test]
+fn a_model_that_cannot_think_is_asked_again_without() {
+    let body = br#"{"model":"m","think":"low","messages":[{"role":"user","content":"x"}]}"#;
+    let error =
+        |message: &str| UpstreamError::read(json!({ "error": message }).to_string().as_bytes());
+    let again = Ollama
+        .amended(body, &error("\"m\" does not support thinking"))
+        .unwrap();
+    assert_eq!(
+        again,
+        r#"{"model":"m","messages":[{"role":"user","content":"x"}]}"#
+    );
+    assert!(
+        Ollama
+            .amended(&again, &error("\"m\" does not support thinking"))
+            .is_none()
+    );
+    assert!(
+        Ollama
+            .amended(body, &error("\"m\" does not support tools"))
+            .is_none()
+    );
 }
 
 #[test]

@@ -63,6 +63,11 @@ pub struct Call {
 }
 
 impl Call {
+    /// The request as it came.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.request).into_owned()
+    }
+
     /// Sends bytes as they are.
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         soon("bytes are taken", self.stream.write_all(bytes.as_ref()))
