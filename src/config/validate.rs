@@ -245,6 +245,10 @@ impl Pass<'_> {
                 );
                 self.problem(&format!("{path}.kind"), message);
             }
+            if upstream.r#continue == Some(true) {
+                let message = "Ollama's own API cannot be asked to continue an answer";
+                self.problem(&format!("{path}.continue"), message);
+            }
             return;
         }
         for (key, is_set) in [

@@ -6,6 +6,7 @@
 //! this upstream, and the exchange may go on with the next.
 
 use std::{
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -13,6 +14,7 @@ use std::{
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, StatusCode, header};
 use pingora::{connectors::TransportConnector, upstreams::peer::HttpPeer};
+use tokio::time::timeout;
 
 use super::{
     client::{Client, Left, Waited},
@@ -22,6 +24,7 @@ use super::{
     verdict::{Failure, Judgement, judge},
 };
 use crate::{
+    config,
     context::{RequestContext, Verdict},
     dialects::{self, Call, Decoder, Encoded, Unsupported},
     error::Error,
@@ -36,6 +39,10 @@ use crate::{
 const ERROR_BODY_MAX: usize = 64 * 1024;
 /// How long an upstream has to send that body.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a request to an Ollama waits for its header before its model is
+/// shown as one that is being loaded: one that is loaded mostly answers sooner.
+const LOADING_SHOWN_AFTER: Duration = Duration::from_secs(1);
 
 /// How many addresses of one name a try goes to: each that nobody answers at
 /// costs the whole connect timeout.
@@ -280,11 +287,49 @@ impl Attempt<'_> {
         };
         let sent_at = Instant::now();
         let deadline = self.header_deadline(sent_at);
-        match client.wait(deadline, Link::receive(sent, peer)).await? {
+        let receiving = self.receive(Link::receive(sent, peer));
+        match client.wait(deadline, receiving).await? {
             Waited::Done(Ok(link)) => Ok(Ok((link, sent_at))),
             Waited::Done(Err(why)) => Ok(Err(why.into())),
             Waited::TooLate => Ok(Err(LinkFailure::timed_out("no header in time"))),
         }
+    }
+
+    /// Waits for the header, and shows meanwhile that the model is being loaded
+    /// if that is what it most likely waits for: Ollama answers nothing until
+    /// then. Not a failure, however long it takes within the first token's time.
+    async fn receive(
+        &self,
+        receiving: impl Future<Output = Result<Link, LinkError>>,
+    ) -> Result<Link, LinkError> {
+        let (upstream, model) = (self.upstream, &*self.step.model);
+        if upstream.config.dialect != config::Dialect::Ollama {
+            return receiving.await;
+        }
+        let mut receiving = pin!(receiving);
+        let received = if upstream.contexts.awaits(model) {
+            match timeout(LOADING_SHOWN_AFTER, receiving.as_mut()).await {
+                Ok(received) => received,
+                Err(_elapsed) => {
+                    log::info!(
+                        "model is being loaded: id={} upstream={}",
+                        self.ctx.id,
+                        upstream.name
+                    );
+                    let _waiting = upstream.contexts.wait();
+                    receiving.await
+                }
+            }
+        } else {
+            receiving.await
+        };
+        if received
+            .as_ref()
+            .is_ok_and(|link| link.head().status.is_success())
+        {
+            upstream.contexts.answered(model, Instant::now());
+        }
+        received
     }
 
     /// Returns until when the header must be in.
@@ -347,7 +392,7 @@ impl Attempt<'_> {
     /// Says the request in the words of this upstream.
     fn encode(&self, request: &ApiRequest) -> Result<Encoded, Unsupported> {
         let (upstream, model) = (self.upstream, &*self.step.model);
-        let context = |tokens| upstream.context(model, tokens, Instant::now()).num_ctx;
+        let context = |tokens| upstream.context(model, tokens, Instant::now());
         dialects::of(&upstream.config).encode(&Call {
             request,
             model,

@@ -9,7 +9,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -24,22 +27,27 @@ const MODELS_MAX: usize = 64;
 #[derive(Debug, Default)]
 pub struct ContextSizes {
     models: Mutex<HashMap<Box<str>, Model>>,
+    /// Requests that wait until their model is loaded.
+    waiting: AtomicU32,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Model {
     num_ctx: u32,
     used: Instant,
+    /// Whether it has answered with this context.
+    loaded: bool,
 }
 
-/// A context to ask for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Context {
-    /// Tokens.
-    pub num_ctx: u32,
-    /// Whether the model will most likely be loaded for it, as far as this
-    /// gateway knows.
-    pub loads: bool,
+/// A request that waits until its model is loaded; dropped when it no longer
+/// does.
+#[derive(Debug)]
+pub struct Waiting<'a>(&'a ContextSizes);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Relaxed);
+    }
 }
 
 impl ContextSizes {
@@ -53,37 +61,56 @@ impl ContextSizes {
         most: u32,
         kept: Option<Duration>,
         now: Instant,
-    ) -> Context {
+    ) -> u32 {
         let wanted = tokens
             .max(CONTEXT_MIN)
             .checked_next_power_of_two()
             .map_or(most, |size| size.min(most));
         let mut models = self.lock();
         let idle = |model: &Model| now.saturating_duration_since(model.used);
-        let loaded = models
-            .get(model)
-            .filter(|model| kept.is_none_or(|kept| idle(model) < kept))
-            .map(|model| model.num_ctx.min(most));
-        let num_ctx = loaded.map_or(wanted, |loaded| loaded.max(wanted));
+        let known = models.get(model).copied();
+        let known = known.filter(|model| kept.is_none_or(|kept| idle(model) < kept));
+        let num_ctx = known.map_or(wanted, |model| model.num_ctx.min(most).max(wanted));
+        let loaded = known.is_some_and(|model| model.loaded && model.num_ctx == num_ctx);
         if models.len() >= MODELS_MAX && !models.contains_key(model) {
             let oldest = models.iter().min_by_key(|(_, model)| model.used);
             if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
                 models.remove(&oldest);
             }
         }
-        models.insert(model.into(), Model { num_ctx, used: now });
-        Context {
+        let used = Model {
             num_ctx,
-            loads: loaded != Some(num_ctx),
-        }
+            used: now,
+            loaded,
+        };
+        models.insert(model.into(), used);
+        num_ctx
     }
 
-    /// Notes that a model has just answered: it is loaded, and stays so from now
-    /// on.
+    /// Notes that a model answers: it is loaded, and stays so from now on.
     pub fn answered(&self, model: &str, now: Instant) {
         if let Some(model) = self.lock().get_mut(model) {
             model.used = now;
+            model.loaded = true;
         }
+    }
+
+    /// Returns whether a model was chosen a context for and has not answered
+    /// since: it is probably being loaded.
+    pub fn awaits(&self, model: &str) -> bool {
+        self.lock().get(model).is_some_and(|model| !model.loaded)
+    }
+
+    /// Notes that a request waits for its model, until what is returned is
+    /// dropped.
+    pub fn wait(&self) -> Waiting<'_> {
+        self.waiting.fetch_add(1, Relaxed);
+        Waiting(self)
+    }
+
+    /// Returns whether a request waits for its model.
+    pub fn is_loading(&self) -> bool {
+        self.waiting.load(Relaxed) > 0
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Box<str>, Model>> {
@@ -110,7 +137,7 @@ mod tests {
         ] {
             let sizes = ContextSizes::default();
             let chosen = sizes.choose("m", tokens, 20_000, KEPT, Instant::now());
-            assert_eq!(chosen.num_ctx, num_ctx, "{tokens}");
+            assert_eq!(chosen, num_ctx, "{tokens}");
         }
     }
 
@@ -119,20 +146,34 @@ mod tests {
         let sizes = ContextSizes::default();
         let now = Instant::now();
         let choose = |tokens, now| sizes.choose("m", tokens, 32_768, KEPT, now);
-        let of = |num_ctx, loads| Context { num_ctx, loads };
-        assert_eq!(choose(100, now), of(2048, true));
-        assert_eq!(choose(5000, now), of(8192, true));
-        assert_eq!(choose(100, now), of(8192, false));
+        assert_eq!(choose(100, now), 2048);
+        assert_eq!(choose(5000, now), 8192);
+        assert_eq!(choose(100, now), 8192);
         let later = now + Duration::from_secs(290);
         sizes.answered("m", later);
-        assert_eq!(
-            choose(100, later + Duration::from_secs(290)),
-            of(8192, false)
-        );
-        assert_eq!(
-            choose(100, later + Duration::from_secs(600)),
-            of(2048, true)
-        );
+        assert_eq!(choose(100, later + Duration::from_secs(290)), 8192);
+        assert_eq!(choose(100, later + Duration::from_secs(600)), 2048);
+    }
+
+    #[test]
+    fn a_model_is_awaited_until_it_answers_and_again_when_it_has_to_be_loaded_anew() {
+        let sizes = ContextSizes::default();
+        let now = Instant::now();
+        let choose = |tokens, now| sizes.choose("m", tokens, 32_768, KEPT, now);
+        assert!(!sizes.awaits("m"));
+        for (tokens, at) in [(1, 0), (5000, 1), (1, 900)] {
+            let at = now + Duration::from_secs(at);
+            choose(tokens, at);
+            assert!(sizes.awaits("m"), "{tokens}");
+            sizes.answered("m", at);
+            choose(1, at);
+            assert!(!sizes.awaits("m"));
+        }
+        let waiting = (sizes.wait(), sizes.wait());
+        drop(waiting.0);
+        assert!(sizes.is_loading());
+        drop(waiting.1);
+        assert!(!sizes.is_loading());
     }
 
     #[test]
@@ -141,9 +182,9 @@ mod tests {
         let now = Instant::now();
         let year = now + Duration::from_secs(31_000_000);
         sizes.choose("m", 5000, 32_768, None, now);
-        assert_eq!(sizes.choose("m", 1, 32_768, None, year).num_ctx, 8192);
+        assert_eq!(sizes.choose("m", 1, 32_768, None, year), 8192);
         let none = Some(Duration::ZERO);
-        assert_eq!(sizes.choose("m", 1, 32_768, none, year).num_ctx, 2048);
+        assert_eq!(sizes.choose("m", 1, 32_768, none, year), 2048);
     }
 
     #[test]
@@ -155,7 +196,7 @@ mod tests {
             sizes.choose(&nth.to_string(), 5000, 32_768, KEPT, at);
         }
         assert_eq!(sizes.lock().len(), MODELS_MAX);
-        assert!(!sizes.choose("199", 1, 32_768, KEPT, now).loads);
-        assert_eq!(sizes.choose("0", 1, 32_768, KEPT, now).num_ctx, 2048);
+        assert_eq!(sizes.choose("199", 1, 32_768, KEPT, now), 8192);
+        assert_eq!(sizes.choose("0", 1, 32_768, KEPT, now), 2048);
     }
 }

@@ -28,7 +28,7 @@ pub mod upstream;
 pub mod url;
 pub mod waiting;
 
-pub use context_sizes::{Context, ContextSizes};
+pub use context_sizes::ContextSizes;
 pub use discovery::{Discovery, MODELS_MAX};
 pub use group::{BuildError, Group, Pick, Previous};
 pub use health::{Health, State};

@@ -30,7 +30,7 @@ use pingora::{
 use smallvec::SmallVec;
 
 use super::{
-    context_sizes::{Context, ContextSizes},
+    context_sizes::ContextSizes,
     discovery::Discovery,
     health::{Health, Leave},
     resolve::{Addresses, Unresolved},
@@ -291,7 +291,7 @@ impl Upstream {
 
     /// Chooses the context that a model is to have for a request of so many
     /// tokens: of Ollama only, within `num_ctx`.
-    pub fn context(&self, model: &str, tokens: u32, now: Instant) -> Context {
+    pub fn context(&self, model: &str, tokens: u32, now: Instant) -> u32 {
         let most = self.config.num_ctx.unwrap_or(u32::MAX);
         let kept = match self.config.keep_alive {
             Some(keep_alive) => keep_alive.time(),

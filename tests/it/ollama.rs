@@ -385,6 +385,26 @@ async fn a_cut_prompt_is_reported_to_the_client_the_log_and_the_metrics() {
     assert!(!answer.text().contains("prompt_cut"), "{}", answer.text());
 }
 
+#[tokio::test]
+async fn a_model_that_is_being_loaded_is_waited_for_and_told_of() {
+    let ollama = ByHand::listen().await;
+    let gateway = Gateway::start(&yaml(&ollama.url(), "")).await;
+    let mut client = Connection::open(gateway.addr).await;
+    let body = chat_stream("m");
+    client
+        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
+        .await;
+    let mut call = ollama.accept().await;
+    // No header until it is loaded.
+    gateway.logged("model is being loaded").await;
+    call.send(lines(&[said("at last"), done()])).await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status, answer.content().as_str()), (200, "at last"));
+    assert_eq!(answer.header("x-forebay-attempts"), Some("1"));
+    let failed = r#"forebay_attempts_total{group="ollama",upstream="ollama",verdict="timed_out"}"#;
+    assert_eq!(gateway.metric(failed).await, None);
+}
+
 // --- what goes wrong ---
 
 #[tokio::test]
