@@ -37,8 +37,8 @@
 //!    connect, send, wait for the header, judge. All of it while the client is
 //!    watched, and kept patient by comments if it streams.
 //! 7. The commit: a whole answer (`proxy/answer`), or the first meaningful event
-//!    of a stream (`proxy/relay`). Before it another upstream may be tried,
-//!    after it never.
+//!    of a stream (`proxy/relay`). Before it another upstream may be tried;
+//!    after it another may only go on with a stream (`proxy/takeover`).
 //! 8. `proxy/record`: metrics, the access line, plugins' `on_finish`; once.
 //!
 //! # Life of a configuration
