@@ -15,7 +15,7 @@ use crate::{
     error::Error,
     metrics::Metrics,
     routes::{Plan, Step},
-    upstreams::{Entered, Key, Place, Reason, Refused, Rules, Seeker, Slot, Told},
+    upstreams::{Entered, Key, Place, Reason, Rules, Seeker, Slot, Told},
 };
 
 /// How often who waits looks although nothing was freed, and the shortest time
@@ -28,14 +28,28 @@ pub(super) enum Sought {
     Slot(Slot),
     /// Nobody is left to try here.
     Nobody,
-    /// Everybody is busy; this is what the client is told if nobody else helps.
+    /// Everybody is busy; this is what the client is told.
     Busy(Error),
+    /// The same, but there is another group to ask. If nobody helps there, it
+    /// may come back and wait until then.
+    Spilled(Error, Instant),
+}
+
+/// How long a request waits.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Patience {
+    /// As long as the group's `queue` says, but if there is another group after
+    /// this one, at most `spill_after`.
+    Spill,
+    /// Until then: it has come back from the other groups.
+    Until(Instant),
 }
 
 /// One group's line, as one exchange sees it.
 pub(super) struct Admission<'a> {
     pub(super) plan: &'a Plan,
     pub(super) step: &'a Step,
+    pub(super) patience: Patience,
     pub(super) metrics: &'a Metrics,
     /// When the exchange must have committed.
     pub(super) deadline: Instant,
@@ -50,8 +64,7 @@ enum Ended {
 
 impl Admission<'_> {
     /// Takes a slot at an upstream of the group, and waits for one if all are
-    /// busy: as long as the group's `queue` says, but if there is another group
-    /// after this one, at most `spill_after`.
+    /// busy.
     ///
     /// # Errors
     /// [`Left`]: the client is gone, and with it its place.
@@ -65,24 +78,30 @@ impl Admission<'_> {
         let class = seeker.class;
         let config = &self.step.group.config;
         let queue = config.resolved_queue();
-        let wait = match class {
-            Class::Interactive => queue.wait,
-            Class::Batch => queue.batch_wait,
+        let whole = match (self.patience, class) {
+            (Patience::Until(until), _) => until.saturating_duration_since(began),
+            (Patience::Spill, Class::Interactive) => queue.wait,
+            (Patience::Spill, Class::Batch) => queue.batch_wait,
         };
-        let left = self.deadline.saturating_duration_since(began);
-        let (wait, rules_wait) = match self.next_group() {
-            Some(_) => (wait.min(config.spill_after.get()).min(left), None),
-            None => (wait.min(left), Some(wait.min(left))),
+        let whole = whole.min(self.deadline.saturating_duration_since(began));
+        let goes_on = self.next_group().is_some();
+        let wait = if goes_on {
+            whole.min(config.spill_after.get())
+        } else {
+            whole
         };
         let rules = Rules {
             size: queue.size,
-            wait: rules_wait,
+            wait: (!goes_on).then_some(wait),
         };
+        let busy = |why: Why, retry_after| self.busy(class, why, retry_after, began + whole);
         let line = &self.step.group.waiting;
         let place = match line.enter(seeker, key(ctx), rules, began) {
             Entered::Slot(slot) => return Ok(Sought::Slot(slot)),
             Entered::Nobody => return Ok(Sought::Nobody),
-            Entered::Refused(refused) => return Ok(self.busy(class, refused.into(), refused)),
+            Entered::Refused(refused) => {
+                return Ok(busy(Why::Refused(refused.reason), refused.retry_after));
+            }
             Entered::Waiting(place) => place,
         };
         let waited = wait_in_line(place, began + wait, client).await;
@@ -102,41 +121,36 @@ impl Admission<'_> {
         Ok(match waited? {
             Ended::Told(Told::Slot(slot)) => Sought::Slot(slot),
             Ended::Told(Told::Nobody) => Sought::Nobody,
-            Ended::Told(Told::TurnedAway(refused)) => self.busy(class, refused.into(), refused),
-            Ended::TooLong(retry_after) => self.busy(
-                class,
-                Why::Timeout,
-                Refused {
-                    reason: Reason::Late,
-                    retry_after,
-                },
-            ),
+            Ended::Told(Told::TurnedAway(refused)) => {
+                busy(Why::Refused(refused.reason), refused.retry_after)
+            }
+            Ended::TooLong(retry_after) => busy(Why::Timeout, retry_after),
         })
     }
 
     /// Returns where a request goes that does not wait any longer.
     fn next_group(&self) -> Option<&Step> {
+        if let Patience::Until(_) = self.patience {
+            return None;
+        }
         let mut steps = self.plan.steps.iter();
         steps.find(|step| std::ptr::eq(*step, self.step))?;
         steps.next()
     }
 
     /// Counts a request that does not wait here, or not any longer.
-    fn busy(&self, class: Class, why: Why, refused: Refused) -> Sought {
+    fn busy(&self, class: Class, why: Why, retry_after: Duration, until: Instant) -> Sought {
         let group = &*self.step.group.name;
         self.metrics.limits.with_label_values(&["concurrent"]).inc();
+        let error = why.into_error(retry_after);
         if let Some(next) = self.next_group() {
-            self.metrics
-                .spills
-                .with_label_values(&[group, &*next.group.name])
-                .inc();
-        } else {
-            self.metrics
-                .queue_refused
-                .with_label_values(&[group, class.as_str(), why.as_str()])
-                .inc();
+            let names = [group, &*next.group.name];
+            self.metrics.spills.with_label_values(&names).inc();
+            return Sought::Spilled(error, until);
         }
-        Sought::Busy(why.into_error(refused.retry_after))
+        let labels = [group, class.as_str(), why.as_str()];
+        self.metrics.queue_refused.with_label_values(&labels).inc();
+        Sought::Busy(error)
     }
 }
 
@@ -176,12 +190,6 @@ fn key(ctx: &RequestContext) -> Key {
 enum Why {
     Refused(Reason),
     Timeout,
-}
-
-impl From<Refused> for Why {
-    fn from(refused: Refused) -> Self {
-        Self::Refused(refused.reason)
-    }
 }
 
 impl Why {

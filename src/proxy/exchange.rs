@@ -22,7 +22,7 @@ use pingora::connectors::TransportConnector;
 use rand::RngExt;
 
 use super::{
-    admission::{Admission, Sought},
+    admission::{Admission, Patience, Sought},
     attempt::{Attempt, Tried},
     client::{Client, Left, Waited},
     takeover::{Death, Told},
@@ -82,6 +82,8 @@ pub(super) struct Exchange<'a> {
     busy: Option<Error>,
     /// What the client has of the answer, for the next try to go on with.
     pub(super) told: Option<Box<Told>>,
+    /// How long it would have waited in the group that it went on from.
+    spilled: Option<Instant>,
 }
 
 /// What follows the tries in one group.
@@ -125,6 +127,7 @@ impl<'a> Exchange<'a> {
             tried: Vec::new(),
             busy: None,
             told: None,
+            spilled: None,
         }
     }
 
@@ -139,11 +142,29 @@ impl<'a> Exchange<'a> {
         client: &mut Client<'_>,
     ) -> Result<Result<Ended, Error>, Left> {
         let mut only_fallback = false;
+        let mut left_behind = Vec::new();
         for step in &plan.steps {
             if only_fallback && !step.fallback {
                 continue;
             }
-            match self.try_group(plan, step, client).await? {
+            let next = self.try_group(plan, step, Patience::Spill, client).await?;
+            match next {
+                Next::Ended(ended) => return Ok(Ok(ended)),
+                Next::Tell(error) => return Ok(Err(error)),
+                Next::Died(death) => return Ok(Ok(self.go_on(plan, *death, client).await?)),
+                Next::Group => {}
+                Next::Fallback => only_fallback = true,
+            }
+            left_behind.extend(self.spilled.take().map(|until| (step, until)));
+        }
+        // Nobody else could help: back to those who were only busy, as long as
+        // it would have waited there.
+        for (step, until) in left_behind {
+            if only_fallback || Instant::now() >= until {
+                continue;
+            }
+            let patience = Patience::Until(until);
+            match self.try_group(plan, step, patience, client).await? {
                 Next::Ended(ended) => return Ok(Ok(ended)),
                 Next::Tell(error) => return Ok(Err(error)),
                 Next::Died(death) => return Ok(Ok(self.go_on(plan, *death, client).await?)),
@@ -203,6 +224,7 @@ impl<'a> Exchange<'a> {
         &mut self,
         plan: &Plan,
         step: &Step,
+        patience: Patience,
         client: &mut Client<'_>,
     ) -> Result<Next, Left> {
         let mut tries = 0;
@@ -212,11 +234,16 @@ impl<'a> Exchange<'a> {
             } else {
                 Effort::Sensible
             };
-            let slot = match self.seek(plan, step, effort, client).await? {
+            let slot = match self.seek(plan, step, effort, patience, client).await? {
                 Sought::Slot(slot) => slot,
                 Sought::Nobody => return Ok(Next::Group),
                 Sought::Busy(error) => {
                     self.busy = Some(error);
+                    return Ok(Next::Group);
+                }
+                Sought::Spilled(error, until) => {
+                    self.busy = Some(error);
+                    self.spilled = Some(until);
                     return Ok(Next::Group);
                 }
             };
@@ -255,6 +282,7 @@ impl<'a> Exchange<'a> {
         plan: &Plan,
         step: &Step,
         effort: Effort,
+        patience: Patience,
         client: &mut Client<'_>,
     ) -> Result<Sought, Left> {
         if plan.pin.is_some() && !self.tried.is_empty() {
@@ -272,6 +300,7 @@ impl<'a> Exchange<'a> {
         let admission = Admission {
             plan,
             step,
+            patience,
             metrics: self.metrics,
             deadline: self.deadline,
         };

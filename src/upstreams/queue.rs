@@ -221,8 +221,13 @@ impl<T> Queue<T> {
         let Some((key, item)) = self.line_mut(of).remove_newest(lane) else {
             return Err(self.refused(reason));
         };
-        // It has just lost one of its places.
-        let reason = self.reason(&key, of, rules.size, Reason::Full);
+        // In its own class it lost its place to a key that has less. To a more
+        // urgent one anybody may lose it.
+        let reason = if of == class {
+            Reason::FullForKey
+        } else {
+            self.reason(&key, of, rules.size, Reason::Full)
+        };
         Ok(Some((item, self.refused(reason))))
     }
 

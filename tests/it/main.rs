@@ -31,6 +31,7 @@ mod observability;
 mod ollama;
 mod payloads_h1;
 mod payloads_h2;
+mod queue;
 mod reload;
 mod routing;
 mod slow_clients;
