@@ -308,6 +308,10 @@ fn what_is_questionable_is_a_warning() {
             "groups.g.upstreams[0].url",
         ),
         (
+            "groups: {g: {queue: {size: 3}, upstreams: [{name: a, url: \"http://h/v1\"}]}}\nroutes: [{model: x, groups: [g]}]",
+            "groups.g.queue",
+        ),
+        (
             "listen: 0.0.0.0:1\nplugins: [auth: none]\ngroups: {g: {upstreams: [{name: a, url: \"http://h/v1\"}]}}\nroutes: [{model: x, groups: [g]}]",
             "plugins",
         ),

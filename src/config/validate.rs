@@ -11,7 +11,7 @@ use std::{
 use url::{Host, Url};
 
 use super::{
-    Config, Dialect, Kind, PluginEntry, Upstream, listen_address,
+    Config, Dialect, Kind, PluginEntry, Queue, Upstream, listen_address,
     places::Places,
     problem::{Report, did_you_mean, index_path, key_path, shown},
     resolve::upstreams,
@@ -35,6 +35,7 @@ pub(super) fn validate(config: &Config, places: &Places, report: &mut Report) {
     for (path, upstream) in upstreams(config) {
         pass.upstream(&path, upstream);
     }
+    pass.lines();
     pass.local_groups();
     pass.routes();
     pass.route_models();
@@ -259,6 +260,19 @@ impl Pass<'_> {
             if is_set {
                 let message = "only Ollama's own API knows it: add dialect: ollama";
                 self.key_problem(&format!("{path}.{key}"), message);
+            }
+        }
+    }
+
+    /// Nobody waits where upstreams take as many as come.
+    fn lines(&mut self) {
+        for (name, group) in &self.config.groups {
+            let set = group.queue != Queue::default();
+            let bounded = |upstream: &Upstream| upstream.concurrent.is_some();
+            if set && !group.upstreams.is_empty() && !group.upstreams.iter().any(bounded) {
+                let path = format!("{}.queue", key_path("groups", name));
+                let message = "it has no effect: no upstream of this group has concurrent";
+                self.key_warning(&path, message);
             }
         }
     }

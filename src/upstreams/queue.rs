@@ -33,6 +33,10 @@ const SAMPLES_MAX: u32 = 32;
 const SAMPLES_MIN: u32 = 4;
 /// After so long without a line, what was known of its pace is forgotten.
 const PACE_FORGOTTEN: Duration = Duration::from_secs(60);
+/// How long a key that came counts as one that wants its part, and how many of
+/// them are remembered.
+const SEEN_LATELY: Duration = Duration::from_secs(10);
+const SEEN_MAX: usize = 64;
 /// When to come back, if nothing is known of the pace.
 const RETRY_UNKNOWN: Duration = Duration::from_secs(5);
 /// The least and the most that a client is asked to wait.
@@ -57,6 +61,8 @@ pub struct Queue<T> {
     /// How many interactive ones went since a batch one did, while one waited.
     in_a_row: u32,
     pace: Pace,
+    /// Who came while there was a line, and when last; latest last.
+    seen: VecDeque<(Key, Instant)>,
 }
 
 /// A place in line; what is needed to find it again.
@@ -157,6 +163,7 @@ impl<T> Default for Queue<T> {
             tickets: 0,
             in_a_row: 0,
             pace: Pace::default(),
+            seen: VecDeque::new(),
         }
     }
 }
@@ -170,6 +177,21 @@ impl<T> Queue<T> {
     /// Returns whether nobody waits.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Notes that one of this key has come. For the question whose fault a full
+    /// line is: also those are others who never wait long.
+    pub fn came(&mut self, key: &Key, now: Instant) {
+        if let Some(at) = self.seen.iter().position(|(seen, _)| seen == key) {
+            self.seen.remove(at);
+        } else if self.seen.len() >= SEEN_MAX {
+            self.seen.pop_front();
+        }
+        self.seen.push_back((key.clone(), now));
+        let is_old = |(_, at): &(Key, Instant)| now.saturating_duration_since(*at) > SEEN_LATELY;
+        while self.seen.front().is_some_and(is_old) {
+            self.seen.pop_front();
+        }
     }
 
     /// Returns how many of a class wait.
@@ -321,12 +343,14 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Tells whose fault it is: the key's, if others wait too and it would have
-    /// more than its part of all places.
+    /// Tells whose fault it is: the key's, if there are others, who wait or came
+    /// lately, and it would have more than its part of all places.
     fn reason(&self, key: &Key, class: Class, size: usize, ours: Reason) -> Reason {
         let line = self.line(class);
         let held = line.held(key);
-        let others = line.lanes.len() - usize::from(held > 0);
+        let waiting = line.lanes.len() - usize::from(held > 0);
+        let seen = self.seen.iter().filter(|(seen, _)| seen != key).count();
+        let others = waiting.max(seen);
         let share = (size / (others + 1)).max(1);
         if others > 0 && held + 1 > share {
             Reason::FullForKey
@@ -643,6 +667,30 @@ mod tests {
         assert_eq!(reason("a a a b", "a"), Reason::FullForKey);
         assert_eq!(reason("a b c d", "e"), Reason::Full);
         assert_eq!(reason("a b c d", "a"), Reason::FullForKey);
+    }
+
+    #[test]
+    fn others_that_are_served_quickly_count_as_others_for_a_while() {
+        let start = Instant::now();
+        let (mut queue, _) = queue("a a a a", start);
+        let mut reason = |now| {
+            queue.came(&key("a"), now);
+            let refused = queue.make_room(&key("a"), Interactive, rules(4));
+            refused.unwrap_err().reason
+        };
+        assert_eq!(reason(start), Reason::Full);
+        queue.came(&key("b"), start);
+        let mut reason = |now| {
+            queue.came(&key("a"), now);
+            let refused = queue.make_room(&key("a"), Interactive, rules(4));
+            refused.unwrap_err().reason
+        };
+        assert_eq!(reason(start), Reason::FullForKey);
+        assert_eq!(reason(start + SEEN_LATELY + ms(1)), Reason::Full);
+        for nth in 0..1000 {
+            queue.came(&key(&nth.to_string()), start);
+        }
+        assert_eq!(queue.seen.len(), SEEN_MAX);
     }
 
     #[test]

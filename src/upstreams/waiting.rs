@@ -201,6 +201,7 @@ impl Waiting {
         rules: Rules,
         now: Instant,
     ) -> Entered {
+        inside.queue.came(&key, now);
         match seeker.look(now) {
             Found::Nobody => return Entered::Nobody,
             Found::Slot(slot) => {
