@@ -20,7 +20,7 @@ use bytes::BytesMut;
 use http::StatusCode;
 
 use super::{
-    admission::Sought,
+    admission::{Patience, Sought},
     client::{Client, Left},
     exchange::{Ended, Exchange, Next, STREAM_TIMEOUT},
     verdict::Failure,
@@ -203,11 +203,13 @@ impl Exchange<'_> {
             let mut tries = 0;
             while tries < self.limits.attempts && Instant::now() < self.deadline {
                 self.pass_over(step, ask);
-                let sought = self.seek(plan, step, Effort::Sensible, client).await?;
+                let sought = self
+                    .seek(plan, step, Effort::Sensible, Patience::Spill, client)
+                    .await?;
                 let slot = match sought {
                     Sought::Slot(slot) => slot,
                     Sought::Nobody => break,
-                    Sought::Busy(_) => {
+                    Sought::Busy(_) | Sought::Spilled(..) => {
                         round.busy = true;
                         break;
                     }
