@@ -112,6 +112,9 @@ impl Snapshot {
                     route_chains,
                     loaded,
                 };
+                for (_, upstream) in snapshot.upstreams() {
+                    upstream.health.tell(&upstream.name, &resources.events);
+                }
                 let mut warnings = snapshot.warnings();
                 // What is loaded may come from a snapshot, with its warnings.
                 warnings.retain(|warning| !snapshot.loaded.warnings.contains(warning));
@@ -351,6 +354,7 @@ impl Gateway {
         let now = Instant::now();
         metrics.upstream_state.reset();
         metrics.upstream_in_flight.reset();
+        metrics.breakers.reset();
         metrics.queue_length.reset();
         for group in self.snapshot().routes.groups() {
             for class in Class::ALL {
@@ -368,7 +372,13 @@ impl Gateway {
                 .upstream_in_flight
                 .with_label_values(&names)
                 .set(in_flight);
-            let state = upstream.health.state(now);
+            for (_model, phase, _wait) in upstream.health.breakers(now) {
+                metrics
+                    .breakers
+                    .with_label_values(&[names[0], names[1], phase])
+                    .inc();
+            }
+            let state = upstream.status(now).state;
             for each in State::ALL {
                 metrics
                     .upstream_state

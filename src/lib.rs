@@ -22,7 +22,7 @@
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
-//! | 1 | [`context`], [`resources`] | one request; what outlives a snapshot |
+//! | 1 | [`context`], [`events`], [`resources`] | one request; what changed; what outlives a snapshot |
 //! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
@@ -75,6 +75,7 @@ pub mod context;
 mod demo;
 pub mod dialects;
 pub mod error;
+pub mod events;
 pub mod gateway;
 pub mod logging;
 pub mod metrics;

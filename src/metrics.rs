@@ -46,6 +46,16 @@ pub struct Metrics {
     pub upstream_in_flight: IntGaugeVec,
     /// 1 for the state that an upstream is in, 0 for the others.
     pub upstream_state: IntGaugeVec,
+    /// Changes of upstreams' states, by the new state and why.
+    pub upstream_transitions: IntCounterVec,
+    /// Changes of breakers, by what they became.
+    pub breaker_transitions: IntCounterVec,
+    /// Breakers, one per model, that are not closed.
+    pub breakers: IntGaugeVec,
+    /// Questions to upstreams whether they are well, by what came of them.
+    pub health_checks: IntCounterVec,
+    /// Tries after the first in a group, by whether the budget had one left.
+    pub retries: IntCounterVec,
     /// Seconds to the first meaningful event, or to the whole answer.
     pub first_token: HistogramVec,
     /// Seconds to the end.
@@ -150,6 +160,31 @@ impl Metrics {
                 "forebay_upstream_state",
                 "1 for the state that an upstream is in",
                 &["group", "upstream", "state"],
+            ),
+            upstream_transitions: all.counters(
+                "forebay_upstream_transitions_total",
+                "Changes of upstreams' states",
+                &["upstream", "to", "reason"],
+            ),
+            breaker_transitions: all.counters(
+                "forebay_breaker_transitions_total",
+                "Changes of breakers, over all models",
+                &["upstream", "to"],
+            ),
+            breakers: all.gauges(
+                "forebay_upstream_breakers",
+                "Breakers, one per model, that are open or half open",
+                &["group", "upstream", "phase"],
+            ),
+            health_checks: all.counters(
+                "forebay_health_checks_total",
+                "Questions to upstreams whether they are well",
+                &["upstream", "result"],
+            ),
+            retries: all.counters(
+                "forebay_retries_total",
+                "Tries after the first in a group that count for its budget",
+                &["group", "result"],
             ),
             first_token: all.histograms(
                 "forebay_first_token_seconds",

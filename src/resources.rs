@@ -1,5 +1,5 @@
-//! What outlives a snapshot: metrics, and the state that plugins keep across
-//! reloads.
+//! What outlives a snapshot: metrics, events, and the state that plugins keep
+//! across reloads.
 
 use std::{
     any::{Any, TypeId},
@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::metrics::Metrics;
+use crate::{events::Events, metrics::Metrics};
 
 type Shared = HashMap<(TypeId, String), Arc<dyn Any + Send + Sync>>;
 
@@ -16,6 +16,8 @@ type Shared = HashMap<(TypeId, String), Arc<dyn Any + Send + Sync>>;
 pub struct Resources {
     /// Every metric family.
     pub metrics: Arc<Metrics>,
+    /// What changed, for whoever wants to hear of it.
+    pub events: Arc<Events>,
     shared: Mutex<Shared>,
 }
 
@@ -23,6 +25,7 @@ impl Resources {
     /// Makes the resources of a new process.
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
+            events: Arc::new(Events::new(Arc::clone(&metrics))),
             metrics,
             shared: Mutex::new(HashMap::new()),
         }

@@ -37,7 +37,7 @@ use crate::{
     open_files,
     proxy::{Connections, Edge, Proxy},
     reload::Reloader,
-    upstreams::resolve,
+    upstreams::{check, resolve},
 };
 
 /// How long requests on their way may take after SIGTERM.
@@ -135,6 +135,8 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     server.add_service(background_service("reload", reloader));
     let names = Resolver(Arc::clone(&gateway));
     server.add_service(background_service("resolve", names));
+    let checker = Checker(Arc::clone(&gateway));
+    server.add_service(background_service("check", checker));
 
     log::info!(
         "forebay {} listens: data={} admin={} threads={threads} config={} hash={}",
@@ -232,6 +234,24 @@ impl BackgroundService for Resolver {
         };
         resolve::prime(&live()).await;
         resolve::run(live, shutdown).await;
+    }
+}
+
+/// Asks the live upstreams whether they are well.
+struct Checker(Arc<Gateway>);
+
+#[async_trait]
+impl BackgroundService for Checker {
+    async fn start(&self, shutdown: ShutdownWatch) {
+        let live = || -> Vec<_> {
+            let snapshot = self.0.snapshot();
+            let upstreams = snapshot.upstreams();
+            upstreams
+                .map(|(_, upstream)| Arc::clone(upstream))
+                .collect()
+        };
+        let metrics = Arc::clone(&self.0.resources.metrics);
+        check::run(live, Arc::clone(&self.0.connector), metrics, shutdown).await;
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::{
     context::Class,
     gateway::{Gateway, Snapshot},
-    upstreams::State,
+    upstreams::{State, Status, state::Reason},
 };
 
 /// Who reads a report.
@@ -26,11 +26,13 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
     let upstreams: Vec<_> = snapshot
         .upstreams()
         .map(|(group, upstream)| {
+            let status = upstream.status(now);
             json!({
                 "name": &*upstream.name,
                 "group": &*group.name,
                 "kind": upstream.config.kind.to_string(),
-                "state": upstream.health.state(now).as_str(),
+                "state": status.state.as_str(),
+                "reason": reason(status),
                 "in_flight": upstream.in_flight(),
             })
         })
@@ -47,14 +49,16 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
         .collect();
     let states = snapshot
         .upstreams()
-        .map(|(_, upstream)| upstream.health.state(now))
+        .map(|(_, upstream)| upstream.status(now).state)
         // Switched off on purpose.
         .filter(|state| *state != State::Off);
-    let (ready, others): (Vec<_>, Vec<_>) = states.partition(|state| *state == State::Ready);
-    let status = match (ready.len(), others.len()) {
-        (0, _) => "down",
-        (_, 0) => "ok",
-        _ => "degraded",
+    let states: Vec<_> = states.collect();
+    let status = if !states.iter().any(|state| state.serves()) {
+        "down"
+    } else if states.iter().all(|state| *state == State::Ready) {
+        "ok"
+    } else {
+        "degraded"
     };
     let reload = gateway.last_reload().map(|last| {
         json!({
@@ -85,6 +89,36 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
         "queues": queues,
         "switched_off": off,
     })
+}
+
+/// Every upstream with all that is known of it, for whoever may use the admin
+/// listener.
+pub fn upstreams(snapshot: &Snapshot) -> Value {
+    let now = Instant::now();
+    let upstreams = snapshot.upstreams().map(|(group, upstream)| {
+        let status = upstream.status(now);
+        let breakers = upstream.health.breakers(now).into_iter();
+        let breakers: Vec<_> = breakers
+            .map(|(model, phase, wait)| {
+                json!({ "model": &*model, "phase": phase, "seconds": wait.as_secs_f64() })
+            })
+            .collect();
+        json!({
+            "name": &*upstream.name,
+            "group": &*group.name,
+            "kind": upstream.config.kind.to_string(),
+            "state": status.state.as_str(),
+            "reason": reason(status),
+            "seconds": status.wait.map(|wait| wait.as_secs_f64()),
+            "in_flight": upstream.in_flight(),
+            "breakers": breakers,
+        })
+    });
+    Value::Array(upstreams.collect())
+}
+
+fn reason(status: Status) -> Option<&'static str> {
+    (status.reason != Reason::None).then(|| status.reason.as_str())
 }
 
 /// Returns a time as seconds since 1970.

@@ -1,8 +1,10 @@
-//! The control plane: metrics, health, reload. Its own listener, loopback by
-//! default, never the clients'.
+//! The control plane: metrics, health, reload, and what people do to upstreams.
+//! Its own listener, loopback by default, never the clients'.
 //!
 //! An axum router behind a Pingora listener: limits, shutdown and the hand-over
 //! of sockets come with Pingora's.
+
+mod upstreams;
 
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -48,6 +50,9 @@ impl Admin {
             .route("/metrics", get(metrics))
             .route("/health", get(health))
             .route("/reload", post(reload))
+            .route("/upstreams", get(upstreams::list))
+            .route("/upstreams/reset", post(upstreams::reset_all))
+            .route("/upstreams/{name}/{action}", post(upstreams::act))
             .fallback(unknown)
             .layer(from_fn_with_state(Arc::clone(&gateway), guard))
             .with_state(gateway);
@@ -211,7 +216,16 @@ async fn index() -> impl IntoResponse {
     Json(json!({
         "name": "forebay admin",
         "version": env!("CARGO_PKG_VERSION"),
-        "endpoints": ["GET /metrics", "GET /health", "POST /reload"],
+        "endpoints": [
+            "GET /metrics",
+            "GET /health",
+            "POST /reload",
+            "GET /upstreams",
+            "POST /upstreams/reset",
+            "POST /upstreams/{name}/reset",
+            "POST /upstreams/{name}/drain",
+            "POST /upstreams/{name}/undrain",
+        ],
     }))
 }
 

@@ -14,7 +14,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use super::{
-    SecretRef, Size, Time, formats,
+    SecretRef, Share, Size, Time, formats,
     keywords::{
         Keywords, Rules, between, branches, in_range, is_of, kind, number_of, required, text_of,
         types, words,
@@ -247,6 +247,7 @@ impl<'a> Checker<'a> {
         let in_bounds = match format {
             "duration" => between::<Time>(text, schema),
             "size" => between::<Size>(text, schema),
+            "share" => between::<Share>(text, schema),
             _ => true,
         };
         if !in_bounds {

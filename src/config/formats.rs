@@ -6,13 +6,15 @@
 use ipnet::IpNet;
 use url::Url;
 
-use super::{SecretRef, Size, Time, listen_address, problem::shown};
+use super::{SecretRef, Share, Size, Time, listen_address, problem::shown};
 
 /// Returns what a value of the format looks like, for "expected …".
 pub(super) fn expected(format: &str) -> Option<&'static str> {
     Some(match format {
         "duration" => "a duration such as 250ms, 30s or 10m",
         "size" => "a size such as 64KiB, 32MiB or 10MB",
+        "share" => "a share such as 20%",
+        "path" => "a path such as /health",
         "secret" => "env:NAME or file:path",
         "listen" => "an IP address and a port such as 127.0.0.1:7070",
         "base_url" => "a base URL such as http://127.0.0.1:8000/v1",
@@ -39,6 +41,8 @@ pub(super) fn json_schema_pattern(format: &str) -> Option<&'static str> {
             "^([0-9]+ *(ns|us|ms|s|sec|seconds?|m|mins?|minutes?|h|hours?|hr|d|days?|w|weeks?) *)+$"
         }
         "size" => "^[0-9]+(\\.[0-9]+)? *([kKMGTP]i?[bB]?|[bB])$",
+        "share" => "^[0-9]{1,3} *%$",
+        "path" => "^/[!-~]*$",
         "secret" => "^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)$",
         "listen" => "^([0-9]{1,3}(\\.[0-9]{1,3}){3}|\\[[0-9a-fA-F:.]+\\]):[0-9]{1,5}$",
         "base_url" => "^https?://[^\\s@?#]+$",
@@ -57,6 +61,8 @@ pub(super) fn check(format: &str, text: &str) -> Result<(), String> {
     match format {
         "duration" => duration(text),
         "size" => size(text),
+        "share" => share(text),
+        "path" => path(text),
         "secret" => secret(text),
         "listen" => listen(text),
         "base_url" => base_url(text),
@@ -141,6 +147,21 @@ fn size(text: &str) -> Result<(), String> {
         return Err(format!("{} (a unit is missing)", found(text)));
     }
     text.parse::<Size>().map(drop).map_err(|_why| found(text))
+}
+
+fn share(text: &str) -> Result<(), String> {
+    if is_number(text) {
+        return Err(format!("{} (the % is missing)", found(text)));
+    }
+    text.parse::<Share>().map(drop).map_err(|_why| found(text))
+}
+
+fn path(text: &str) -> Result<(), String> {
+    let fits = text.starts_with('/') && text.len() <= 1024;
+    if fits && text.bytes().all(|b| (0x21..0x7f).contains(&b) && b != b'#') {
+        return Ok(());
+    }
+    Err(found(text))
 }
 
 fn secret(text: &str) -> Result<(), String> {
@@ -287,6 +308,16 @@ mod tests {
                 "size",
                 vec!["64KiB", "32MiB", "10MB", "512B", "1.5GiB"],
                 vec!["64", "", "big", "-1KiB"],
+            ),
+            (
+                "share",
+                vec!["0%", "20%", "100%"],
+                vec!["20", "", "101%", "much", "-1%", "0.2"],
+            ),
+            (
+                "path",
+                vec!["/health", "/", "/a/b?c=d"],
+                vec!["", "health", "/a b", "/a#b", "http://h/"],
             ),
             (
                 "secret",

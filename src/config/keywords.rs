@@ -100,10 +100,14 @@ impl<'a> Rules<'a> {
         let private = formats::is_private(text_of(schema, "format"));
         // Quotes make a word of a number, but no address.
         let quotable = matches!(text_of(schema, "format"), "" | "name" | "model" | "pattern");
-        let unit = matches!(text_of(schema, "format"), "duration" | "size");
+        let unit = match text_of(schema, "format") {
+            "duration" | "size" => "a unit",
+            "share" => "the %",
+            _ => "",
+        };
         let found = match node {
             Node::Null => "nothing".to_owned(),
-            Node::Number(number) if unit => format!("{number} (a unit is missing)"),
+            Node::Number(number) if !unit.is_empty() => format!("{number} ({unit} is missing)"),
             Node::Number(number) if !private => {
                 let quotes = if wants("string") && quotable {
                     " (put it in quotes)"

@@ -6,8 +6,9 @@
 //! them, and a test compares the two.
 //!
 //! What can be written:
-//! - [`limits`], [`log`], [`upstream`], [`route`]: the parts of [`Config`]
-//! - [`units`]: `30s`, `32MiB`
+//! - [`limits`], [`log`], [`upstream`], [`resilience`], [`route`]: the parts of
+//!   [`Config`]
+//! - [`units`]: `30s`, `32MiB`, `20%`
 //! - [`plugin_entry`]: one line of a plugin list
 //! - [`secret`]: `env:NAME`, `file:path`
 //!
@@ -34,6 +35,7 @@ pub mod plugin_entry;
 pub mod print;
 pub mod problem;
 pub mod queue;
+pub mod resilience;
 mod resolve;
 pub mod route;
 pub mod schema;
@@ -59,10 +61,11 @@ pub use plugin_entry::PluginEntry;
 pub use print::effective;
 pub use problem::{Problem, Problems};
 pub use queue::{Queue, ResolvedQueue};
+pub use resilience::{Breaker, Check, Retries};
 pub use route::Route;
 pub use schema::{Catalog, schema};
 pub use secret::{Secret, SecretError, SecretRef};
-pub use units::{Size, Time};
+pub use units::{Share, Size, Time};
 pub use upstream::{Dialect, Group, KeepAlive, Kind, ResolvedTimeouts, Timeouts, Tls, Upstream};
 
 /// Everything that one YAML file says.

@@ -1,4 +1,5 @@
-//! Durations and sizes as people write them: `30s`, `10m`, `32MiB`, `200k`.
+//! Durations, sizes and shares as people write them: `30s`, `10m`, `32MiB`,
+//! `20%`.
 //!
 //! **Invariant:** a unit is always spelled out; a bare number is refused, since
 //! nobody can tell whether `timeout: 30` means seconds or milliseconds.
@@ -113,6 +114,48 @@ impl fmt::Debug for Size {
     }
 }
 
+/// A share of something, in whole hundredths: `20%`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Share(pub u8);
+
+impl Share {
+    /// Returns this share of a number, rounded down.
+    pub const fn of(self, whole: u64) -> u64 {
+        // Divided first where the product would not fit.
+        match whole.checked_mul(self.0 as u64) {
+            Some(product) => product / 100,
+            None => whole / 100 * self.0 as u64,
+        }
+    }
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || "a share such as 20%".to_owned();
+        let Some(number) = text.strip_suffix('%') else {
+            return Err(format!("{} (the % is missing)", expected()));
+        };
+        match number.trim_end().parse() {
+            Ok(percent @ 0..=100) if !number.starts_with('+') => Ok(Self(percent)),
+            _ => Err(expected()),
+        }
+    }
+}
+
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}%", self.0)
+    }
+}
+
+impl fmt::Debug for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 /// Reads and writes a type by its text, and gives it a JSON Schema `format`
 /// that the validator knows how to check.
 macro_rules! by_text {
@@ -150,6 +193,7 @@ macro_rules! by_text {
 
 by_text!(Time, "duration");
 by_text!(Size, "size");
+by_text!(Share, "share");
 
 #[cfg(test)]
 mod tests {
@@ -163,6 +207,18 @@ mod tests {
         for text in ["512B", "64KiB", "32MiB", "10MB", "1GiB"] {
             assert_eq!(text.parse::<Size>().unwrap().to_string(), text);
         }
+    }
+
+    #[test]
+    fn a_share_is_a_whole_number_of_hundredths() {
+        for text in ["0%", "20%", "100%"] {
+            assert_eq!(text.parse::<Share>().unwrap().to_string(), text);
+        }
+        for text in ["20", "101%", "-1%", "+1%", "0.5%", "%", ""] {
+            assert!(text.parse::<Share>().is_err(), "{text}");
+        }
+        assert_eq!(Share(20).of(14), 2);
+        assert_eq!(Share(50).of(u64::MAX), u64::MAX / 100 * 50);
     }
 
     #[test]

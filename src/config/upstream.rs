@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Queue, SecretRef, Time};
+use super::{Breaker, Check, Queue, Retries, SecretRef, Share, Time};
 
 /// Upstreams that can stand in for each other.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -35,6 +35,24 @@ pub struct Group {
     /// Whether a streamed answer whose upstream of this group died is gone on
     /// with by another upstream.
     pub takeover: bool,
+    /// How much of the traffic may be tries after the first.
+    pub retries: Retries,
+    /// When failures stop the traffic to an upstream.
+    pub breaker: Breaker,
+    /// The most of the upstreams that breakers may take out; one always may go,
+    /// and one that answers nothing at all goes in any case.
+    #[schemars(extend("x-min" = "0%", "x-max" = "100%"))]
+    pub eject_max: Share,
+    /// How upstreams are asked whether they are well.
+    pub check: Check,
+    /// The longest pause of an upstream whose rate limit is reached and that
+    /// does not say when to come back.
+    #[schemars(extend("x-min" = "1s", "x-max" = "24h"))]
+    pub cooldown: Time,
+    /// How long an upstream that comes back takes to reach its full share; `0s`
+    /// switches it off.
+    #[schemars(extend("x-min" = "0s", "x-max" = "1h"))]
+    pub slow_start: Time,
     /// The upstreams; never empty.
     #[schemars(length(min = 1, max = 1000))]
     pub upstreams: Vec<Upstream>,
@@ -50,6 +68,12 @@ impl Default for Group {
             queue: Queue::default(),
             spill_after: Time::secs(2),
             takeover: true,
+            retries: Retries::default(),
+            breaker: Breaker::default(),
+            eject_max: Share(50),
+            check: Check::default(),
+            cooldown: Time::secs(30 * 60),
+            slow_start: Time::secs(10),
             upstreams: Vec::new(),
         }
     }
@@ -108,6 +132,18 @@ pub struct Upstream {
     /// Whether it can go on with an answer that another upstream began
     /// (`continue_final_message`); absent means by its kind, or as it is learned.
     pub r#continue: Option<bool>,
+    /// Whether it gets nothing new: what is under way ends as usual.
+    pub drain: bool,
+    /// Its own breaker, in place of the group's.
+    pub breaker: Option<Breaker>,
+    /// Its own check, in place of the group's.
+    pub check: Option<Check>,
+    /// Its own longest pause, in place of the group's.
+    #[schemars(extend("x-min" = "1s", "x-max" = "24h"))]
+    pub cooldown: Option<Time>,
+    /// Its own slow start, in place of the group's.
+    #[schemars(extend("x-min" = "0s", "x-max" = "1h"))]
+    pub slow_start: Option<Time>,
     /// How its certificate is checked.
     pub tls: Tls,
     /// How long each step may take.
@@ -133,6 +169,11 @@ impl Default for Upstream {
             models: Vec::new(),
             include_usage: true,
             r#continue: None,
+            drain: false,
+            breaker: None,
+            check: None,
+            cooldown: None,
+            slow_start: None,
             tls: Tls::default(),
             timeouts: Timeouts::default(),
         }

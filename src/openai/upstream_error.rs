@@ -127,6 +127,11 @@ impl UpstreamError {
         named || self.says(&LENGTH_WORDS)
     }
 
+    /// Says whether the model is being loaded, in llama.cpp's words.
+    pub fn model_is_loading(&self) -> bool {
+        self.says(&["loading model"])
+    }
+
     fn says(&self, any: &[&str]) -> bool {
         self.message.as_ref().is_some_and(|message| {
             let message = message.to_ascii_lowercase();

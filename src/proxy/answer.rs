@@ -66,7 +66,7 @@ impl Attempt<'_> {
             Ok(decoded) => decoded,
             Err(failure) => return Ok(Tried::Failed(failure)),
         };
-        self.upstream.health.succeeded();
+        self.slot.succeeded(Instant::now());
         let usage = usage_of_body(&body);
         let first_token = self.ctx.started.elapsed();
         let mut head = ResponseHead {

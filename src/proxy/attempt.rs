@@ -32,7 +32,7 @@ use crate::{
     openai::{ApiRequest, Endpoint, UpstreamError, retry_after},
     plugins::Chain,
     routes::Step,
-    upstreams::Upstream,
+    upstreams::{Slot, Upstream},
 };
 
 /// The most of an error's body that is read to understand it.
@@ -69,6 +69,8 @@ pub(super) struct Attempt<'a> {
     pub(super) limits: &'a crate::config::Limits,
     pub(super) step: &'a Step,
     pub(super) upstream: &'a Arc<Upstream>,
+    /// Its place there: what comes of the try is reported to it.
+    pub(super) slot: &'a Slot,
     /// When the exchange must have committed.
     pub(super) deadline: Instant,
     /// The number of this try, from 1.
@@ -198,6 +200,7 @@ impl Attempt<'_> {
                 Ok(peer) => peer,
                 Err(failure) => return Ok(Err(failure)),
             };
+            let began = Instant::now();
             let connecting = async {
                 if stale {
                     let stream = link::connect_anew(connector, &peer).await?;
@@ -211,7 +214,8 @@ impl Attempt<'_> {
                 // A name may have several addresses; the next is tried at once.
                 Waited::Done(Err(why)) => {
                     refused += 1;
-                    if self.upstream.not_sent(&peer, Instant::now()) && refused < ADDRESSES_MAX {
+                    let another = self.upstream.not_sent(&peer, began, Instant::now());
+                    if another && refused < ADDRESSES_MAX {
                         continue;
                     }
                     return Ok(Err(Failure::new(Verdict::NotSent, why.to_string())));
@@ -257,9 +261,8 @@ impl Attempt<'_> {
         if let Ok(peer) = upstream.peer() {
             return Ok(Ok(peer));
         }
-        let deadline = self
-            .deadline
-            .min(Instant::now() + upstream.timeouts.connect);
+        let began = Instant::now();
+        let deadline = self.deadline.min(began + upstream.timeouts.connect);
         let resolving = upstream.addresses.resolve_now(deadline);
         let resolved = client.wait(self.deadline, resolving).await?;
         let cause = match (resolved, upstream.peer()) {
@@ -267,7 +270,7 @@ impl Attempt<'_> {
             (Waited::Done(Err(why)), _) => why.to_string(),
             _ => "the name has no address".to_owned(),
         };
-        upstream.health.not_sent(Instant::now());
+        upstream.unresolved(began, Instant::now());
         Ok(Err(Failure::new(Verdict::NotSent, cause)))
     }
 

@@ -13,6 +13,7 @@
 
 use std::{
     borrow::Cow,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,6 +26,7 @@ use super::{
     admission::{Admission, Patience, Sought},
     attempt::{Attempt, Tried},
     client::{Client, Left, Waited},
+    report,
     takeover::{Death, Told},
     verdict::{self, Failure},
 };
@@ -36,12 +38,15 @@ use crate::{
     openai::Usage,
     plugins::Chain,
     routes::{Plan, Step},
-    upstreams::{Effort, Seeker, Slot, State, Upstream},
+    upstreams::{Effort, Group, Seeker, Slot, Status, Upstream, budget, state::Reason},
 };
 
 /// First and longest wait before the same upstream is asked again.
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(8);
+/// How long a request waits for a retry of another to end, where the budget of
+/// the group allows no more at once.
+const RETRY_PATIENCE: Duration = Duration::from_secs(1);
 /// What `Retry-After` says when no upstream said anything better.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -84,6 +89,8 @@ pub(super) struct Exchange<'a> {
     pub(super) told: Option<Box<Told>>,
     /// How long it would have waited in the group that it went on from.
     spilled: Option<Instant>,
+    /// The groups whose budget for retries is used up.
+    spent: Vec<Arc<Group>>,
 }
 
 /// What follows the tries in one group.
@@ -128,6 +135,7 @@ impl<'a> Exchange<'a> {
             busy: None,
             told: None,
             spilled: None,
+            spent: Vec::new(),
         }
     }
 
@@ -191,18 +199,22 @@ impl<'a> Exchange<'a> {
         client: &mut Client<'_>,
     ) -> Result<Option<Result<Ended, Error>>, Left> {
         for step in &plan.steps {
+            if self
+                .spent
+                .iter()
+                .any(|group| Arc::ptr_eq(group, &step.group))
+            {
+                continue;
+            }
             let attempts = self.ctx.attempts.iter();
             let here = attempts.filter(|attempt| attempt.group == step.group.name);
             let mut tries = u32::try_from(here.count()).unwrap_or(u32::MAX);
             while tries < self.limits.attempts && Instant::now() < self.deadline {
                 let now = Instant::now();
-                let Some(slot) = step.group.pick_any(&step.model, &self.tried, now) else {
+                let Some(slot) = step.group.pick_in_panic(&step.model, &self.tried, now) else {
                     break;
                 };
                 self.tried.push(Arc::clone(slot.upstream()));
-                if slot.upstream().health.state(now) != State::Down {
-                    continue;
-                }
                 tries += 1;
                 match self.try_one(step, slot, client).await? {
                     Next::Ended(ended) => return Ok(Some(Ok(ended))),
@@ -227,6 +239,7 @@ impl<'a> Exchange<'a> {
         patience: Patience,
         client: &mut Client<'_>,
     ) -> Result<Next, Left> {
+        let _active = step.group.budget.enter(Instant::now());
         let mut tries = 0;
         while tries < self.limits.attempts && Instant::now() < self.deadline {
             let effort = if tries == 0 && (step.fallback || plan.pin.is_some()) {
@@ -234,7 +247,10 @@ impl<'a> Exchange<'a> {
             } else {
                 Effort::Sensible
             };
-            let slot = match self.seek(plan, step, effort, patience, client).await? {
+            let Ok(pass) = self.leave_to_retry(step, client).await? else {
+                return Ok(Next::Group);
+            };
+            let mut slot = match self.seek(plan, step, effort, patience, client).await? {
                 Sought::Slot(slot) => slot,
                 Sought::Nobody => return Ok(Next::Group),
                 Sought::Busy(error) => {
@@ -249,11 +265,27 @@ impl<'a> Exchange<'a> {
             };
             let upstream = Arc::clone(slot.upstream());
             self.tried.push(Arc::clone(&upstream));
+            if let Some(pass) = pass {
+                slot.carry(pass);
+            }
             let mut slot = Some(slot);
             let again = step.group.config.same_upstream_retries;
             for round in 0..=again {
-                let Some(held) = slot.take().or_else(|| upstream.try_acquire()) else {
-                    break;
+                let held = match slot.take() {
+                    Some(first) => first,
+                    None => {
+                        let Ok(pass) = self.leave_to_retry(step, client).await? else {
+                            return Ok(Next::Group);
+                        };
+                        let now = Instant::now();
+                        let Some(mut held) = upstream.try_acquire(&step.model, now) else {
+                            break;
+                        };
+                        if let Some(pass) = pass {
+                            held.carry(pass);
+                        }
+                        held
+                    }
                 };
                 tries += 1;
                 match self.try_one(step, held, client).await? {
@@ -261,7 +293,9 @@ impl<'a> Exchange<'a> {
                     other => return Ok(other),
                 }
                 let last_round = round == again || tries >= self.limits.attempts;
-                let pauses = upstream.health.state(Instant::now()) == State::Cooling;
+                let now = Instant::now();
+                let pauses = !upstream.available(&step.model, now)
+                    && upstream.status(now).reason != Reason::Connect;
                 if last_round || pauses || !self.same_may_recover() {
                     break;
                 }
@@ -332,6 +366,7 @@ impl<'a> Exchange<'a> {
             limits: self.limits,
             step,
             upstream: &upstream,
+            slot: &slot,
             deadline: self.deadline,
             number,
             told: self.told.take(),
@@ -355,6 +390,7 @@ impl<'a> Exchange<'a> {
                 Err(Left)
             }
             Ok(Tried::Ended(ended)) => {
+                slot.succeeded(Instant::now());
                 self.note(note(ended.verdict, Some(ended.status), false));
                 Ok(Next::Ended(ended))
             }
@@ -364,7 +400,9 @@ impl<'a> Exchange<'a> {
                 let now = Instant::now();
                 // A stream that was merely too long is nobody's fault.
                 if now < told.ends {
-                    upstream.health.failed(now);
+                    report::cut(step, &slot, self.metrics);
+                } else {
+                    slot.succeeded(now);
                 }
                 self.note(note(Verdict::Cut, Some(StatusCode::OK), true));
                 Ok(Next::Died(Box::new(Death {
@@ -375,11 +413,12 @@ impl<'a> Exchange<'a> {
                 })))
             }
             Ok(Tried::PassOn(error)) => {
-                upstream.health.succeeded();
+                slot.accepted(Instant::now());
                 self.note(note(Verdict::CallersFault, Some(error.status), false));
                 Ok(Next::Tell(error))
             }
-            Ok(Tried::Failed(failure)) => {
+            Ok(Tried::Failed(mut failure)) => {
+                report::failure(step, &slot, &mut failure, self.metrics);
                 self.note(note(
                     failure.verdict,
                     failure.status,
@@ -393,32 +432,12 @@ impl<'a> Exchange<'a> {
                     failure.verdict.as_str(),
                     failure.cause
                 );
-                Ok(self.after_failure(step, &upstream, failure))
+                Ok(self.after_failure(step, failure))
             }
         }
     }
 
-    fn after_failure(&mut self, step: &Step, upstream: &Upstream, failure: Failure) -> Next {
-        let now = Instant::now();
-        if failure.unsupported.is_none()
-            && matches!(
-                failure.verdict,
-                Verdict::Rejected | Verdict::Credential | Verdict::NoModel | Verdict::NotContinued
-            )
-        {
-            // It said no, but it is there: a try after it was down ends here.
-            upstream.health.succeeded();
-        }
-        match failure.verdict {
-            Verdict::Rejected if failure.retry_after.is_some() => match failure.status {
-                Some(StatusCode::TOO_MANY_REQUESTS) => {
-                    upstream.health.limit(failure.retry_after, now);
-                }
-                _ => upstream.health.cool(failure.retry_after, now),
-            },
-            Verdict::Failed | Verdict::TimedOut => upstream.health.failed(now),
-            _ => {}
-        }
+    fn after_failure(&mut self, step: &Step, failure: Failure) -> Next {
         let ambiguous = failure.is_ambiguous();
         if failure.verdict != Verdict::NotSent {
             self.last_answer = Some(failure);
@@ -450,6 +469,51 @@ impl<'a> Exchange<'a> {
                 .inc();
         }
         self.ctx.attempts.push(attempt);
+    }
+
+    /// Takes leave from the group's budget, if the next try there is a retry:
+    /// one that follows an answer, or a silence, of another. What was not sent,
+    /// or sent to a server that has not the model or not our key, cost no model
+    /// server anything. `Err` if the budget is used up.
+    async fn leave_to_retry(
+        &mut self,
+        step: &Step,
+        client: &mut Client<'_>,
+    ) -> Result<Result<Option<budget::Pass>, budget::NoPass>, Left> {
+        let group = &step.group;
+        let is_retry = self.ctx.attempts.last().is_some_and(|last| {
+            last.group == group.name
+                && matches!(
+                    last.verdict,
+                    Verdict::Rejected | Verdict::Failed | Verdict::TimedOut
+                )
+        });
+        if !is_retry {
+            return Ok(Ok(None));
+        }
+        let until = self.deadline.min(Instant::now() + RETRY_PATIENCE);
+        let taken = loop {
+            // Registered before the next look: one that ends in between is seen.
+            let mut freed = pin!(group.budget.freed());
+            freed.as_mut().enable();
+            match group.budget.retry(Instant::now()) {
+                Err(budget::NoPass::Busy) => {}
+                decided => break decided,
+            }
+            if let Waited::TooLate = client.wait(until, freed).await? {
+                break Err(budget::NoPass::Busy);
+            }
+        };
+        let result = if taken.is_ok() { "made" } else { "refused" };
+        self.metrics
+            .retries
+            .with_label_values(&[&*group.name, result])
+            .inc();
+        if taken.is_err() {
+            self.metrics.limits.with_label_values(&["retries"]).inc();
+            self.spent.push(Arc::clone(group));
+        }
+        Ok(taken.map(Some))
     }
 
     /// Returns whether the last failure is one that time may heal.
@@ -490,38 +554,55 @@ impl<'a> Exchange<'a> {
         {
             return error;
         }
-        if self.ctx.attempts.is_empty()
-            && let Some((wait, upstream)) = soonest(plan)
-        {
-            // Everybody asked to be left alone, and nobody else is there: the
-            // client is told what the one who asked was.
-            let failure = Failure {
-                status: Some(if upstream.health.is_limited() {
-                    StatusCode::TOO_MANY_REQUESTS
-                } else {
-                    StatusCode::SERVICE_UNAVAILABLE
-                }),
-                retry_after: Some(wait),
-                ..Failure::new(Verdict::Rejected, "cooling")
-            };
-            return verdict::give_up(Some(&failure), wait, &plan.model);
+        if self.ctx.attempts.is_empty() {
+            return nobody_asked(plan);
         }
         verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, &plan.model)
     }
 }
 
-/// Returns which upstream that asked to be left alone may be asked again first,
-/// and when; `None` if no upstream did.
-fn soonest(plan: &Plan) -> Option<(Duration, &Upstream)> {
+/// What the client is told when nobody was asked, since everybody is known to
+/// be down, or wants to be left alone: what he would have been told by whoever
+/// may be asked first.
+fn nobody_asked(plan: &Plan) -> Error {
     let now = Instant::now();
     let serving = plan.steps.iter().flat_map(|step| {
         let upstreams = step.group.upstreams.iter();
-        upstreams.filter(|upstream| upstream.serves(&step.model))
+        upstreams
+            .filter(|upstream| !upstream.is_closed() && upstream.serves(&step.model))
+            .map(|upstream| (upstream.status(now), upstream.wait(&step.model, now)))
     });
-    serving
-        .filter(|upstream| upstream.health.state(now) == State::Cooling)
-        .map(|upstream| (upstream.health.wait(now), &**upstream))
-        .min_by_key(|(wait, _)| *wait)
+    let serving: Vec<_> = serving.collect();
+    let refusal = |verdict, status, wait| Failure {
+        status: Some(status),
+        retry_after: Some(wait),
+        ..Failure::new(verdict, "left alone")
+    };
+    let cooling = serving
+        .iter()
+        .filter(|(status, _)| matches!(status.reason, Reason::RateLimit | Reason::Overload))
+        .min_by_key(|(_, wait)| *wait);
+    let soonest = serving.iter().map(|(_, wait)| *wait).min();
+    let wait = soonest
+        .filter(|wait| !wait.is_zero())
+        .unwrap_or(RETRY_AFTER);
+    let no_key =
+        |(status, _): &(Status, Duration)| matches!(status.reason, Reason::KeyBad | Reason::Quota);
+    let failure = match cooling {
+        Some((status, wait)) => {
+            let status = match status.reason {
+                Reason::RateLimit => StatusCode::TOO_MANY_REQUESTS,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            Some(refusal(Verdict::Rejected, status, *wait))
+        }
+        None if !serving.is_empty() && serving.iter().all(no_key) => {
+            let status = StatusCode::UNAUTHORIZED;
+            Some(refusal(Verdict::Credential, status, wait))
+        }
+        None => None,
+    };
+    verdict::give_up(failure.as_ref(), wait, &plan.model)
 }
 
 impl Ended {

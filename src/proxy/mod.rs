@@ -37,6 +37,7 @@ mod link;
 mod local;
 mod record;
 mod relay;
+mod report;
 mod respond;
 mod sequel;
 mod serve;

@@ -311,7 +311,7 @@ impl Attempt<'_> {
 
     async fn commit(&mut self, relay: &mut Relay, client: &mut Client<'_>) -> Result<(), Left> {
         relay.committed = true;
-        self.upstream.health.succeeded();
+        self.slot.token(Instant::now());
         relay.told.first_token = Some(self.ctx.started.elapsed());
         relay.told.ends = Instant::now() + self.limits.stream_timeout.get();
         let mut head = event_stream(self.answer_headers());

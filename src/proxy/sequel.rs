@@ -2,7 +2,7 @@
 //! before the client sees any of it, then its events are fitted to those that
 //! the client has.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use http::StatusCode;
 
@@ -86,7 +86,7 @@ impl Attempt<'_> {
     /// The rest has begun: from here on this upstream answers.
     fn go_on(&mut self, relay: &mut Relay) {
         relay.committed = true;
-        self.upstream.health.succeeded();
+        self.slot.token(Instant::now());
         self.ctx.takeovers += 1;
         let from = &*relay.told.from;
         self.metrics

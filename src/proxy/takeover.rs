@@ -35,7 +35,7 @@ use crate::{
         error_event,
     },
     routes::{Plan, Step},
-    upstreams::{Continues, Effort, Slot, State, Upstream},
+    upstreams::{Continues, Effort, Refusal, Slot, Upstream},
 };
 
 /// How long a search for somebody who goes on pauses when all are busy.
@@ -241,17 +241,19 @@ impl Exchange<'_> {
                 if tries >= self.limits.attempts || now >= self.deadline {
                     break;
                 }
-                let state = upstream.health.state(now);
                 if round.has_had(upstream)
-                    || matches!(state, State::Cooling | State::Off)
                     || !upstream.serves(&step.model)
                     || !may_go_on(upstream, ask)
                 {
                     continue;
                 }
-                let Some(slot) = upstream.try_acquire() else {
-                    round.busy = true;
-                    continue;
+                let slot = match upstream.try_in_panic(&step.model, now) {
+                    Ok(slot) => slot,
+                    Err(Refusal::Busy) => {
+                        round.busy = true;
+                        continue;
+                    }
+                    Err(Refusal::Unavailable) => continue,
                 };
                 tries += 1;
                 told = match self.ask_one(step, slot, told, ask, round, client).await? {

@@ -21,8 +21,19 @@ pub(super) struct Failure {
     pub(super) retry_after: Option<Duration>,
     /// What its dialect has no words for; it was not asked then.
     pub(super) unsupported: Option<Unsupported>,
+    /// What its body tells beyond its status.
+    pub(super) hint: Option<Hint>,
     /// What happened, for the log alone.
     pub(super) cause: String,
+}
+
+/// What the body of a refusal tells beyond its status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hint {
+    /// The account is out of money, or of its quota for long.
+    Quota,
+    /// The model is being loaded.
+    Loading,
 }
 
 impl Failure {
@@ -33,6 +44,7 @@ impl Failure {
             status: None,
             retry_after: None,
             unsupported: None,
+            hint: None,
             cause: cause.into(),
         }
     }
@@ -79,11 +91,17 @@ pub(super) fn judge(
         408 | 421 | 425 | 426 | 499 | 300..=399 | 500.. => Verdict::Failed,
         _ => return Judgement::PassOn(error.into_client_error(status)),
     };
+    let hint = match verdict {
+        Verdict::Credential if error.hard_quota() => Some(Hint::Quota),
+        Verdict::Rejected if error.model_is_loading() => Some(Hint::Loading),
+        _ => None,
+    };
     Judgement::Failed(Failure {
         verdict,
         status: Some(status),
         retry_after,
         unsupported: None,
+        hint,
         cause: format!("status {}", status.as_u16()),
     })
 }

@@ -115,6 +115,14 @@ impl Record {
             .map(|(_, value)| String::from_utf8_lossy(value).into_owned())
     }
 
+    /// Returns whether it asks how the server is, and for nothing of a model:
+    /// what gateways and load balancers ask by themselves.
+    pub fn is_check(&self) -> bool {
+        let path = self.target().split('?').next().unwrap_or_default();
+        let asks = ["/health", "/api/version", "/models"];
+        self.method() == "GET" && asks.iter().any(|end| path.ends_with(end))
+    }
+
     /// Returns the body as JSON; null if it is none.
     pub fn json(&self) -> Json {
         serde_json::from_slice(&self.body).unwrap_or(Json::Null)

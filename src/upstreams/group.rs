@@ -16,7 +16,10 @@ use std::{
 use smallvec::SmallVec;
 
 use super::{
-    health::State,
+    breaker::{Fault, Spare},
+    budget::Budget,
+    policy::Policy,
+    state::State,
     strategies::{self, STRATEGIES, Strategy},
     upstream::{self, Refusal, Secrets, Slot, Upstream, UpstreamError},
     waiting::Waiting,
@@ -38,6 +41,8 @@ pub struct Group {
     pub upstreams: Vec<Arc<Upstream>>,
     /// Those who wait for one of them; the same through all configurations.
     pub waiting: Arc<Waiting>,
+    /// How much of its traffic may be tries after the first.
+    pub budget: Arc<Budget>,
     strategy: Arc<dyn Strategy>,
 }
 
@@ -130,7 +135,8 @@ impl Group {
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let off = disabled.contains(&upstream.name);
             let before = previous.upstreams.get(&*upstream.name).copied();
-            match upstream::build(upstream, secrets, off, before) {
+            let policy = Policy::of(config, upstream);
+            match upstream::build(upstream, policy, secrets, off, before) {
                 Ok(upstream) => upstreams.push(upstream),
                 Err(more) => errors.extend(more.into_iter().map(|error| {
                     let UpstreamError { key, problem } = error;
@@ -169,12 +175,17 @@ impl Group {
         for upstream in &upstreams {
             upstream.tell(&waiting);
         }
+        let budget = match previous.groups.get(name) {
+            Some(old) if old.config.retries == config.retries => Arc::clone(&old.budget),
+            _ => Budget::new(config.retries.clone(), Instant::now()),
+        };
         Ok(Arc::new(Self {
             name: name.into(),
             local: config.local,
             config: config.clone(),
             upstreams,
             waiting,
+            budget,
             strategy: (strategy.make)(),
         }))
     }
@@ -184,10 +195,13 @@ impl Group {
     ///
     /// `tried` holds upstreams of this very group; `key` is the same for all
     /// requests of one conversation.
-    pub fn pick(&self, model: &str, tried: &[Arc<Upstream>], key: u64, now: Instant) -> Pick {
+    pub fn pick(&self, model: &Arc<str>, tried: &[Arc<Upstream>], key: u64, now: Instant) -> Pick {
         let mut candidates = self.candidates(model, tried, now);
         while let Some(upstream) = self.choose(&candidates, key) {
-            match candidates.get(upstream).map(|chosen| chosen.try_admit(now)) {
+            match candidates
+                .get(upstream)
+                .map(|chosen| chosen.try_admit(model, now))
+            {
                 Some(Ok(slot)) => return Pick::Chosen(slot),
                 // Another request was quicker; on with the others.
                 Some(Err(Refusal::Busy | Refusal::Unavailable)) => {
@@ -201,14 +215,72 @@ impl Group {
 
     /// Takes a slot at what should not be asked now, when there is nothing
     /// better left: of those that were not tried, the one that should be ready
-    /// the soonest. Never one that is off or at its `concurrent`.
-    pub fn pick_any(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Option<Slot> {
+    /// the soonest. Never one that is off, draining or at its `concurrent`.
+    pub fn pick_any(
+        &self,
+        model: &Arc<str>,
+        tried: &[Arc<Upstream>],
+        now: Instant,
+    ) -> Option<Slot> {
+        self.soonest_first(model, tried, now)
+            .into_iter()
+            .find_map(|upstream| upstream.try_acquire(model, now))
+    }
+
+    /// Takes a slot at what is known to be bad, when there is nobody else at
+    /// all: see [`Upstream::try_in_panic`].
+    pub fn pick_in_panic(
+        &self,
+        model: &Arc<str>,
+        tried: &[Arc<Upstream>],
+        now: Instant,
+    ) -> Option<Slot> {
+        self.soonest_first(model, tried, now)
+            .into_iter()
+            .find_map(|upstream| upstream.try_in_panic(model, now).ok())
+    }
+
+    /// Notes that the server failed a request. Returns whether its breaker
+    /// should have opened but [`eject_max`](config::Group::eject_max) forbids
+    /// it.
+    pub fn failed(&self, slot: &Slot, fault: Fault, now: Instant) -> bool {
+        slot.failed((fault, self.spare(slot, now)), now)
+    }
+
+    /// Notes that the server turned a request away (503, 529) without asking for
+    /// a pause. Returns what [`Self::failed`] does.
+    pub fn turned_away(&self, slot: &Slot, now: Instant) -> bool {
+        slot.turned_away(self.spare(slot, now), now)
+    }
+
+    /// Returns whether the group can do without one more upstream for a model:
+    /// breakers never take out more than `eject_max`, counting what is out for
+    /// other reasons; one may go always.
+    fn spare(&self, slot: &Slot, now: Instant) -> Spare {
+        let model = slot.model();
+        let (mut all, mut out) = (0_u64, 0_u64);
+        for upstream in &self.upstreams {
+            if upstream.health.is_off() || !upstream.serves(model) {
+                continue;
+            }
+            all += 1;
+            let this = Arc::ptr_eq(upstream, slot.upstream());
+            out += u64::from(this || !upstream.available(model, now));
+        }
+        if out <= self.config.eject_max.of(all).max(1) {
+            Spare::Yes
+        } else {
+            Spare::No
+        }
+    }
+
+    fn soonest_first(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Candidates<'_> {
         let mut left: Candidates<'_> = self
             .left(model, tried)
-            .filter(|upstream| !upstream.health.is_off())
+            .filter(|upstream| !upstream.is_closed())
             .collect();
-        left.sort_by_key(|upstream| upstream.health.wait(now));
-        left.into_iter().find_map(Upstream::try_acquire)
+        left.sort_by_key(|upstream| upstream.wait(model, now));
+        left
     }
 
     /// Returns whether any of its upstreams serves a model, by the name it is
@@ -236,7 +308,8 @@ impl Group {
 
     fn candidates(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Candidates<'_> {
         self.left(model, tried)
-            .filter(|upstream| upstream.health.available(now) && upstream.has_free_slot())
+            .filter(|upstream| upstream.available(model, now) && upstream.has_free_slot())
+            .inspect(|upstream| upstream.climb(now))
             .collect()
     }
 
@@ -263,13 +336,12 @@ impl Group {
         let mut shortest: Option<Duration> = None;
         let mut off = false;
         for upstream in self.left(model, tried) {
-            let health = &upstream.health;
-            if health.state(now) == State::Off {
+            if upstream.status(now).state == State::Off {
                 off = true;
-            } else if health.available(now) {
+            } else if upstream.available(model, now) {
                 return Pick::Busy;
             } else {
-                let wait = health.wait(now);
+                let wait = upstream.wait(model, now);
                 shortest = Some(shortest.map_or(wait, |least| least.min(wait)));
             }
         }
@@ -291,8 +363,11 @@ impl fmt::Debug for Group {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
+pub(super) mod tests {
+    use super::{
+        super::upstream::tests::{acquire, refuse},
+        *,
+    };
 
     fn config(yaml: &str) -> config::Group {
         serde_yaml::from_str(yaml).unwrap()
@@ -321,6 +396,11 @@ mod tests {
         }
     }
 
+    pub(crate) fn cool(upstream: &Upstream, secs: u64, now: Instant) {
+        let pause = Duration::from_secs(secs);
+        upstream.health.cool(pause, &upstream.policy, now);
+    }
+
     fn name(slot: &Slot) -> &str {
         &slot.upstream().name
     }
@@ -329,14 +409,17 @@ mod tests {
     fn each_pick_is_another_until_all_are_busy() {
         let (group, now) = (three(), Instant::now());
         let slots: Vec<_> = (0..3)
-            .map(|_| chosen(group.pick("qwen", &[], 0, now)))
+            .map(|_| chosen(group.pick(&"qwen".into(), &[], 0, now)))
             .collect();
         let names: Vec<_> = slots.iter().map(name).collect();
         assert_eq!(names, ["a", "b", "c"]);
-        assert!(matches!(group.pick("qwen", &[], 0, now), Pick::Busy));
-        assert!(group.pick_any("qwen", &[], now).is_none());
+        assert!(matches!(
+            group.pick(&"qwen".into(), &[], 0, now),
+            Pick::Busy
+        ));
+        assert!(group.pick_any(&"qwen".into(), &[], now).is_none());
         drop(slots);
-        chosen(group.pick("qwen", &[], 0, now));
+        chosen(group.pick(&"qwen".into(), &[], 0, now));
     }
 
     #[test]
@@ -344,28 +427,28 @@ mod tests {
         let (group, now) = (three(), Instant::now());
         let mut tried = Vec::new();
         for _ in 0..3 {
-            let slot = chosen(group.pick("qwen", &tried, 0, now));
+            let slot = chosen(group.pick(&"qwen".into(), &tried, 0, now));
             tried.push(Arc::clone(slot.upstream()));
         }
         assert!(matches!(
-            group.pick("qwen", &tried, 0, now),
+            group.pick(&"qwen".into(), &tried, 0, now),
             Pick::Exhausted
         ));
-        assert!(group.pick_any("qwen", &tried, now).is_none());
+        assert!(group.pick_any(&"qwen".into(), &tried, now).is_none());
     }
 
     #[test]
     fn only_what_serves_the_model_is_picked() {
         let (group, now) = (three(), Instant::now());
         for _ in 0..6 {
-            assert_ne!(name(&chosen(group.pick("llama", &[], 0, now))), "b");
+            assert_ne!(name(&chosen(group.pick(&"llama".into(), &[], 0, now))), "b");
         }
         let tried = [
             Arc::clone(&group.upstreams[0]),
             Arc::clone(&group.upstreams[2]),
         ];
         assert!(matches!(
-            group.pick("llama", &tried, 0, now),
+            group.pick(&"llama".into(), &tried, 0, now),
             Pick::Exhausted
         ));
     }
@@ -373,17 +456,13 @@ mod tests {
     #[test]
     fn what_is_down_costs_no_try_and_the_wait_is_told() {
         let (group, now) = (three(), Instant::now());
-        group.upstreams[0].health.not_sent(now);
+        refuse(&group.upstreams[0], now);
         for _ in 0..6 {
-            assert_ne!(name(&chosen(group.pick("qwen", &[], 0, now))), "a");
+            assert_ne!(name(&chosen(group.pick(&"qwen".into(), &[], 0, now))), "a");
         }
-        group.upstreams[1]
-            .health
-            .cool(Some(Duration::from_secs(60)), now);
-        group.upstreams[2]
-            .health
-            .cool(Some(Duration::from_secs(90)), now);
-        let Pick::Down(wait) = group.pick("qwen", &[], 0, now) else {
+        cool(&group.upstreams[1], 60, now);
+        cool(&group.upstreams[2], 90, now);
+        let Pick::Down(wait) = group.pick(&"qwen".into(), &[], 0, now) else {
             panic!("nobody is ready");
         };
         assert!(wait > Duration::from_millis(700) && wait < Duration::from_millis(1300));
@@ -393,42 +472,51 @@ mod tests {
     fn the_last_resort_is_who_should_be_ready_first() {
         let (group, now) = (three(), Instant::now());
         for (upstream, secs) in group.upstreams.iter().zip([90, 30, 60]) {
-            upstream.health.cool(Some(Duration::from_secs(secs)), now);
+            cool(upstream, secs, now);
         }
-        let slot = group.pick_any("qwen", &[], now).unwrap();
+        let slot = group.pick_any(&"qwen".into(), &[], now).unwrap();
         assert_eq!(name(&slot), "b");
-        assert_eq!(name(&group.pick_any("qwen", &[], now).unwrap()), "c");
+        assert_eq!(
+            name(&group.pick_any(&"qwen".into(), &[], now).unwrap()),
+            "c"
+        );
     }
 
     #[test]
     fn busy_counts_before_down_for_it_ends_sooner() {
         let (group, now) = (three(), Instant::now());
-        group.upstreams[0].health.not_sent(now);
-        let _b = group.upstreams[1].try_acquire().unwrap();
+        refuse(&group.upstreams[0], now);
+        let _b = acquire(&group.upstreams[1]).unwrap();
         let tried = [Arc::clone(&group.upstreams[2])];
-        assert!(matches!(group.pick("qwen", &tried, 0, now), Pick::Busy));
+        assert!(matches!(
+            group.pick(&"qwen".into(), &tried, 0, now),
+            Pick::Busy
+        ));
     }
 
     #[test]
     fn what_is_off_is_not_even_a_last_resort() {
         let group = build(THREE, &["a", "b", "c"], &[]);
         let now = Instant::now();
-        assert!(matches!(group.pick("qwen", &[], 0, now), Pick::Down(_)));
-        assert!(group.pick_any("qwen", &[], now).is_none());
+        assert!(matches!(
+            group.pick(&"qwen".into(), &[], 0, now),
+            Pick::Down(_)
+        ));
+        assert!(group.pick_any(&"qwen".into(), &[], now).is_none());
     }
 
     #[test]
     fn a_half_open_upstream_gets_one_request_and_the_others_the_rest() {
         let group = build(
-            "{ upstreams: [ { name: a, url: 'http://10.0.0.1' }, { name: b, url: 'http://10.0.0.2' } ] }",
+            "{ check: { enabled: false }, upstreams: [ { name: a, url: 'http://10.0.0.1' }, { name: b, url: 'http://10.0.0.2' } ] }",
             &[],
             &[],
         );
         let start = Instant::now();
-        group.upstreams[0].health.not_sent(start);
+        refuse(&group.upstreams[0], start);
         let now = start + Duration::from_secs(2);
         let slots: Vec<_> = (0..6)
-            .map(|_| chosen(group.pick("m", &[], 0, now)))
+            .map(|_| chosen(group.pick(&"m".into(), &[], 0, now)))
             .collect();
         let tries = slots.iter().filter(|slot| name(slot) == "a").count();
         assert_eq!(tries, 1);
@@ -452,7 +540,7 @@ mod tests {
     #[test]
     fn an_upstream_keeps_its_counters_in_another_group() {
         let old = [three()];
-        let _slot = old[0].upstreams[0].try_acquire().unwrap();
+        let _slot = acquire(&old[0].upstreams[0]).unwrap();
         let disabled = HashSet::new();
         let one = config("{ upstreams: [ { name: a, url: 'http://10.0.0.1', concurrent: 1 } ] }");
         let new = Group::build(
@@ -484,5 +572,125 @@ mod tests {
             ["groups.gpus.upstreams[1].url", "groups.gpus.strategy"]
         );
         assert!(errors[1].problem.contains("least_connections"));
+    }
+
+    const FOUR: &str = "
+      upstreams:
+        - { name: a, url: 'http://10.0.0.1' }
+        - { name: b, url: 'http://10.0.0.2' }
+        - { name: c, url: 'http://10.0.0.3' }
+        - { name: d, url: 'http://10.0.0.4' }";
+
+    fn fail(group: &Group, nth: usize, times: usize, now: Instant) {
+        let slot = group.upstreams[nth].try_acquire(&"m".into(), now).unwrap();
+        for _ in 0..times {
+            group.failed(&slot, Fault::Answer, now);
+        }
+    }
+
+    fn out(group: &Group, now: Instant) -> usize {
+        let out = group
+            .upstreams
+            .iter()
+            .filter(|upstream| !upstream.available("m", now));
+        out.count()
+    }
+
+    #[test]
+    fn breakers_leave_half_of_a_group_while_it_answers_at_all() {
+        let (group, now) = (build(FOUR, &[], &[]), Instant::now());
+        for nth in 0..4 {
+            fail(&group, nth, 5, now);
+        }
+        assert_eq!(out(&group, now), 2);
+        // One that answers nobody is no loss.
+        fail(&group, 2, 15, now);
+        assert_eq!(out(&group, now), 3);
+    }
+
+    #[test]
+    fn what_is_out_for_another_reason_counts_and_one_alone_may_always_go() {
+        let (group, now) = (build(FOUR, &[], &[]), Instant::now());
+        refuse(&group.upstreams[0], now);
+        refuse(&group.upstreams[1], now);
+        fail(&group, 2, 5, now);
+        assert_eq!(out(&group, now), 2);
+        let alone = build(
+            "{ upstreams: [ { name: a, url: 'http://10.0.0.1' } ] }",
+            &[],
+            &[],
+        );
+        fail(&alone, 0, 5, now);
+        assert_eq!(out(&alone, now), 1);
+    }
+
+    #[test]
+    fn breakers_are_each_models_own() {
+        let (group, now) = (build(FOUR, &[], &[]), Instant::now());
+        fail(&group, 0, 5, now);
+        assert!(!group.upstreams[0].available("m", now));
+        assert!(group.upstreams[0].available("other", now));
+    }
+
+    #[test]
+    fn what_comes_back_begins_with_a_tenth_of_its_share_whatever_the_strategy() {
+        for strategy in ["round_robin", "random", "least_connections"] {
+            let yaml = format!(
+                "{{ strategy: {strategy}, upstreams: [ {{ name: a, url: 'http://10.0.0.1' }}, {{ name: b, url: 'http://10.0.0.2' }} ] }}"
+            );
+            let (group, start) = (build(&yaml, &[], &[]), Instant::now());
+            refuse(&group.upstreams[0], start);
+            let slot = group.upstreams[0].try_acquire(&"m".into(), start).unwrap();
+            slot.reached(start);
+            drop(slot);
+            let share = |secs: u64| {
+                let now = start + Duration::from_secs(secs);
+                let mut held = Vec::new();
+                for _ in 0..1000 {
+                    held.push(chosen(group.pick(&"m".into(), &[], 0, now)));
+                }
+                held.iter().filter(|slot| name(slot) == "a").count()
+            };
+            let (first, middle, last) = (share(0), share(5), share(10));
+            assert!((50..=140).contains(&first), "{strategy}: {first}");
+            assert!((260..=400).contains(&middle), "{strategy}: {middle}");
+            assert!((450..=550).contains(&last), "{strategy}: {last}");
+        }
+    }
+
+    #[test]
+    fn what_comes_back_alone_gets_everything() {
+        let yaml = "{ upstreams: [ { name: a, url: 'http://10.0.0.1' } ] }";
+        let (group, now) = (build(yaml, &[], &[]), Instant::now());
+        refuse(&group.upstreams[0], now);
+        acquire(&group.upstreams[0]).unwrap().reached(now);
+        chosen(group.pick(&"m".into(), &[], 0, now));
+    }
+
+    #[test]
+    fn with_nobody_else_what_was_refused_is_asked_and_what_was_silent_by_one_at_a_time() {
+        let (group, now) = (build(FOUR, &[], &[]), Instant::now());
+        let model: Arc<str> = "m".into();
+        for upstream in &group.upstreams {
+            refuse(upstream, now);
+        }
+        assert!(matches!(group.pick(&model, &[], 0, now), Pick::Down(_)));
+        let held: Vec<_> = (0..9)
+            .map(|_| group.pick_in_panic(&model, &[], now).unwrap())
+            .collect();
+        assert_eq!(held.len(), 9);
+
+        let silent = build(
+            "{ upstreams: [ { name: z, url: 'http://10.0.0.9' } ] }",
+            &[],
+            &[],
+        );
+        silent.upstreams[0].unresolved(now, now + Duration::from_secs(2));
+        let later = now + Duration::from_secs(2);
+        assert!(silent.pick_in_panic(&model, &[], later).is_none());
+        let due = now + Duration::from_secs(4);
+        let one = silent.pick_in_panic(&model, &[], due);
+        assert!(one.is_some());
+        assert!(silent.pick_in_panic(&model, &[], due).is_none());
     }
 }

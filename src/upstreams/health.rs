@@ -1,418 +1,1194 @@
-//! What the traffic itself tells of an upstream: ready, down, cooling, off.
+//! What is known of one upstream: whether it may be used now, and for what.
 //!
-//! Nothing here asks the upstream anything: the exchange reports what it saw,
-//! and [`Health::available`] says whether to go there now. Active checks will
-//! report through the same functions.
+//! Nothing here asks the upstream anything. The exchange reports what came of
+//! its requests, the [`check`](super::check) what came of its probes, people
+//! what they want; [`Health::says`] tells whether a request may go.
 //!
-//! - *down*: a request could not be sent, or [`FAILURES_MAX`] in a row failed.
-//!   For 1 s, then 2, 4, … up to 30 s (± 20 %) nobody goes there; after that one
-//!   request at a time may try (*half-open*) until one succeeds.
-//! - *cooling*: it asked for a pause (429, 503, `Retry-After`). A success does
-//!   not end it: another request may have been let in before the pause began.
-//! - *off*: switched off by the configuration.
+//! | what keeps requests away | set by | ended by |
+//! |---|---|---|
+//! | link: it cannot be reached | one connect that failed | good checks; without checks, one request at a time after 1 s, 2 s, … 30 s |
+//! | checks: it says that it is not well | `fall` bad checks | `rise` good ones |
+//! | credential: bad, or out of money | 401, 403, 402, a hard quota | one request at a time after minutes |
+//! | loading: its model is not there yet | a check or an answer that says so | a check |
+//! | cooling: it asked for a pause | 429; 503 with `Retry-After` | time |
+//! | a breaker: it fails, with one model | failures | one request at a time after its open time; never a check |
+//! | draining | people | people |
 //!
-//! **Invariant:** atomics only, never a lock; `now` is always passed in. Two
-//! reports at the same instant count as one: a hundred requests that fail
-//! together do not add up to a hundred doublings.
+//! **Invariants:** where nothing keeps requests away, asking takes no lock. The
+//! lock is held for some additions, never across an await; `now` is passed in.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
-/// How many failures in a row take an upstream down.
-pub const FAILURES_MAX: u32 = 5;
-/// The first pause after going down; it doubles from there.
-pub const DOWN_MIN: Duration = Duration::from_secs(1);
-/// The longest pause of an upstream that is down.
-pub const DOWN_MAX: Duration = Duration::from_secs(30);
-/// The pause of an upstream that asked for one without saying how long.
-pub const COOL_DEFAULT: Duration = Duration::from_secs(5);
+use super::{
+    breaker::{Came, Fault, Says, Spare},
+    breakers::Breakers,
+    check::{Checked, Schedule},
+    gate::{Gate, Pauses},
+    policy::Policy,
+    state::{Reason, State, Status},
+};
+use crate::events::{Change, Events};
+
 /// The longest pause that an upstream may ask for.
 pub const COOL_MAX: Duration = Duration::from_secs(30 * 60);
+/// The pause after a 429 that names none; it doubles with each that follows.
+pub const COOL_FIRST: Duration = Duration::from_secs(30);
 
-/// What an upstream is good for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum State {
-    /// It may be used.
-    Ready,
-    /// It did not answer as it should, and has not since.
-    Down,
-    /// It asked for a pause.
-    Cooling,
-    /// The configuration switched it off.
-    Off,
+/// After a connect that failed.
+const LINK: Pauses = Pauses {
+    first: Duration::from_secs(1),
+    longest: Duration::from_secs(30),
+};
+/// After checks that failed, for the one request that tries when there is
+/// nobody else.
+const CHECKS: Pauses = Pauses {
+    first: Duration::from_secs(1),
+    longest: Duration::from_secs(5),
+};
+/// After 401: only people mend a key, or a new one.
+const KEY_REFUSED: Pauses = Pauses {
+    first: Duration::from_secs(5 * 60),
+    longest: Duration::from_secs(30 * 60),
+};
+/// After 403, which some servers also say to one request alone.
+const KEY_FORBIDDEN: Pauses = Pauses {
+    first: Duration::from_secs(30),
+    longest: Duration::from_secs(30 * 60),
+};
+/// After 402 and hard quotas.
+const QUOTA: Pauses = Pauses {
+    first: Duration::from_secs(5 * 60),
+    longest: Duration::from_secs(5 * 60),
+};
+/// How long a model counts as loading when no check says how it goes on.
+const LOADING: Duration = Duration::from_secs(5);
+/// Where the share of an upstream begins that comes back, in thousandths.
+const RAMP_FIRST: u32 = 100;
+/// All of it.
+pub(super) const RAMP_FULL: u32 = 1000;
+/// A connect that failed this quickly was refused: asking again costs nothing.
+const QUICK: Duration = Duration::from_millis(250);
+
+/// Why a credential is no good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyFault {
+    /// 401, 407: it is not accepted.
+    Refused,
+    /// 403: it may not do this.
+    Forbidden,
+    /// 402, hard quota: there is no money behind it.
+    Quota,
 }
 
-impl State {
-    /// Every state there is.
-    pub const ALL: [Self; 4] = [Self::Ready, Self::Down, Self::Cooling, Self::Off];
-
-    /// Returns the word for logs, `/health` and metric labels.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Ready => "ready",
-            Self::Down => "down",
-            Self::Cooling => "cooling",
-            Self::Off => "off",
-        }
-    }
-}
-
-/// The state of one upstream. Times are milliseconds since `epoch`.
-#[derive(Debug)]
-pub struct Health {
-    epoch: Instant,
-    off: AtomicBool,
-    /// Failures in a row.
-    failures: AtomicU32,
-    /// How often it went down since it last worked; 0 means it is not down.
-    downs: AtomicU32,
-    down_until: AtomicU64,
-    cool_until: AtomicU64,
-    /// Whether the last pause was asked for because of a rate limit.
-    limited: AtomicBool,
-    /// The ticket of the one request that tries a half-open upstream; 0 is none.
-    probe: AtomicU64,
-    tickets: AtomicU64,
-}
-
-/// Leave to go to an upstream, from [`Health::admit`].
-#[derive(Debug, PartialEq, Eq)]
+/// Leave to go to an upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Leave {
     /// Like everybody.
     Free,
     /// As the one request that tries; give the ticket back.
-    Probe(u64),
+    Try(u64),
+}
+
+/// What keeps requests from one upstream.
+#[derive(Debug)]
+pub struct Health {
+    off: bool,
+    /// Whether anything keeps any request away; if not, nobody looks further.
+    troubled: AtomicBool,
+    /// Thousandths of its share; below 1000 while it comes back.
+    ramp: AtomicU32,
+    inner: Mutex<Inner>,
+    told: OnceLock<Told>,
+}
+
+/// Whom to tell of changes.
+#[derive(Debug)]
+struct Told {
+    name: Arc<str>,
+    events: Arc<Events>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    link: Gate,
+    /// Whether the connect that failed took long.
+    link_slow: bool,
+    checks: Gate,
+    key: Gate,
+    key_fault: KeyFault,
+    loading_until: Option<Instant>,
+    cool: Cool,
+    breakers: Breakers,
+    drained: bool,
+    ramp_from: Option<Instant>,
+    /// When a whole answer or a first token last came.
+    last_good: Option<Instant>,
+    schedule: Schedule,
+    tickets: u64,
+    status: Status,
+}
+
+/// A pause that the upstream asked for.
+#[derive(Debug, Default)]
+struct Cool {
+    until: Option<Instant>,
+    limited: bool,
+    /// How many in a row named no time.
+    times: u32,
 }
 
 impl Health {
     /// Makes the state of an upstream of which nothing is known, which counts
     /// as ready.
     pub fn new(now: Instant) -> Self {
-        Self {
-            epoch: now,
-            off: AtomicBool::new(false),
-            failures: AtomicU32::new(0),
-            downs: AtomicU32::new(0),
-            down_until: AtomicU64::new(0),
-            cool_until: AtomicU64::new(0),
-            limited: AtomicBool::new(false),
-            probe: AtomicU64::new(0),
-            tickets: AtomicU64::new(0),
-        }
+        Self::make(false, now)
     }
 
     /// Makes the state of an upstream that the configuration switched off.
     pub fn off(now: Instant) -> Self {
-        let health = Self::new(now);
-        health.off.store(true, SeqCst);
-        health
+        Self::make(true, now)
     }
 
-    /// Notes that a request could not be sent: DNS, connect or TLS failed.
-    pub fn not_sent(&self, now: Instant) {
-        self.go_down(now);
-    }
-
-    /// Notes a failure of the server after the request was sent.
-    pub fn failed(&self, now: Instant) {
-        // Saturation is out of reach: a u32 of failures in a row, each at most
-        // one request.
-        let failures = self.failures.fetch_add(1, SeqCst).saturating_add(1);
-        if failures >= FAILURES_MAX || self.is_down() {
-            self.go_down(now);
+    fn make(off: bool, now: Instant) -> Self {
+        let state = if off { State::Off } else { State::Ready };
+        Self {
+            off,
+            troubled: AtomicBool::new(off),
+            ramp: AtomicU32::new(RAMP_FULL),
+            inner: Mutex::new(Inner {
+                link: Gate::default(),
+                link_slow: false,
+                checks: Gate::default(),
+                key: Gate::default(),
+                key_fault: KeyFault::Refused,
+                loading_until: None,
+                cool: Cool::default(),
+                breakers: Breakers::default(),
+                drained: false,
+                ramp_from: None,
+                last_good: None,
+                schedule: Schedule::new(now),
+                tickets: 0,
+                status: Status {
+                    state,
+                    reason: Reason::None,
+                    wait: None,
+                },
+            }),
+            told: OnceLock::new(),
         }
     }
 
-    /// Notes an answer as it should be.
-    pub fn succeeded(&self) {
-        // Read before written: on the ordinary path these lines stay shared
-        // between the cores.
-        if self.failures.load(SeqCst) != 0 {
-            self.failures.store(0, SeqCst);
-        }
-        if self.is_down() {
-            self.downs.store(0, SeqCst);
-            self.down_until.store(0, SeqCst);
-            self.probe.store(0, SeqCst);
-        }
-    }
-
-    /// Notes that the upstream asked for a pause; `None` if it did not say how
-    /// long. Never shortens a pause that runs.
-    pub fn cool(&self, pause: Option<Duration>, now: Instant) {
-        let pause = pause.unwrap_or(COOL_DEFAULT).min(COOL_MAX);
-        self.limited.store(false, SeqCst);
-        self.cool_until.fetch_max(self.millis(now + pause), SeqCst);
-    }
-
-    /// The same, because of its rate limit.
-    pub fn limit(&self, pause: Option<Duration>, now: Instant) {
-        self.cool(pause, now);
-        self.limited.store(true, SeqCst);
-    }
-
-    /// Returns whether the last pause it asked for was because of its rate
-    /// limit, and not for being overloaded.
-    pub fn is_limited(&self) -> bool {
-        self.limited.load(SeqCst)
-    }
-
-    /// Returns whether a request may go there now.
-    pub fn available(&self, now: Instant) -> bool {
-        self.wait(now).is_zero()
-            && !self.is_off()
-            && !(self.is_down() && self.probe.load(SeqCst) != 0)
-    }
-
-    /// Returns how long nobody should go there; zero also for an upstream that
-    /// is off.
-    pub fn wait(&self, now: Instant) -> Duration {
-        let until = self
-            .cool_until
-            .load(SeqCst)
-            .max(self.down_until.load(SeqCst));
-        Duration::from_millis(until.saturating_sub(self.millis(now)))
-    }
-
-    /// Returns what the upstream is good for. One that is down stays so until
-    /// an answer comes, also while it may be tried.
-    pub fn state(&self, now: Instant) -> State {
-        if self.is_off() {
-            State::Off
-        } else if self.is_down() {
-            State::Down
-        } else if !self.wait(now).is_zero() {
-            State::Cooling
-        } else {
-            State::Ready
-        }
-    }
-
-    /// Forgets everything but whether it is off.
-    pub fn reset(&self) {
-        self.succeeded();
-        self.cool_until.store(0, SeqCst);
+    /// Names whom to tell of changes from now on; the first call counts.
+    pub fn tell(&self, name: &Arc<str>, events: &Arc<Events>) {
+        self.told.get_or_init(|| Told {
+            name: Arc::clone(name),
+            events: Arc::clone(events),
+        });
     }
 
     /// Returns whether the configuration switched it off.
     pub fn is_off(&self) -> bool {
-        self.off.load(SeqCst)
+        self.off
     }
 
-    /// Takes leave to go there now; `None` if [`Self::available`] is false, or
-    /// another request was quicker to become the one that tries.
-    pub(super) fn admit(&self, now: Instant) -> Option<Leave> {
-        if !self.available(now) {
-            return None;
+    // --- questions ---
+
+    /// Returns whether nothing keeps any request away.
+    pub(super) fn is_good(&self) -> bool {
+        !self.troubled.load(SeqCst)
+    }
+
+    /// Returns whether a request with this model may go there now.
+    pub(super) fn says(&self, model: &str, policy: &Policy, now: Instant) -> Says {
+        if !self.troubled.load(SeqCst) && !policy.drain {
+            return Says::Go;
         }
-        if !self.is_down() {
+        if self.off || policy.drain {
+            return Says::Stop;
+        }
+        self.lock().says(model, policy, now)
+    }
+
+    /// Returns how long nobody should go there with this model; an estimate
+    /// where it is a check that will tell.
+    pub fn wait(&self, model: &str, policy: &Policy, now: Instant) -> Duration {
+        if !self.troubled.load(SeqCst) {
+            return Duration::ZERO;
+        }
+        self.lock().wait(model, policy, now)
+    }
+
+    /// Returns what the upstream is good for, and why.
+    pub fn status(&self, policy: &Policy, now: Instant) -> Status {
+        if self.off {
+            return Status {
+                state: State::Off,
+                reason: Reason::None,
+                wait: None,
+            };
+        }
+        self.lock().look(policy, now)
+    }
+
+    /// Returns the models whose breaker is not closed, with its phase as a word
+    /// and how long nobody will try.
+    pub fn breakers(&self, now: Instant) -> Vec<(Arc<str>, &'static str, Duration)> {
+        let not_closed = self.lock().breakers.not_closed(now).into_iter();
+        not_closed
+            .map(|(model, phase, wait)| (model, phase.as_str(), wait))
+            .collect()
+    }
+
+    /// Returns the thousandths of its share that it should get, 100..=1000.
+    pub(super) fn ramp(&self) -> u32 {
+        self.ramp.load(SeqCst)
+    }
+
+    /// Returns whether it is coming back, so that [`Self::climb`] has work.
+    pub(super) fn is_ramping(&self) -> bool {
+        self.ramp() < RAMP_FULL
+    }
+
+    /// Brings the share up to date of an upstream that is coming back.
+    pub(super) fn climb(&self, policy: &Policy, now: Instant) {
+        let mut inner = self.lock();
+        let ramp = inner.climb(policy, now);
+        self.ramp.store(ramp, SeqCst);
+    }
+
+    // --- leave ---
+
+    /// Takes leave to go there now.
+    pub(super) fn admit(&self, model: &Arc<str>, policy: &Policy, now: Instant) -> Option<Leave> {
+        if !self.troubled.load(SeqCst) && !policy.drain {
             return Some(Leave::Free);
         }
-        let ticket = self.tickets.fetch_add(1, SeqCst).wrapping_add(1).max(1);
-        self.probe
-            .compare_exchange(0, ticket, SeqCst, SeqCst)
-            .is_ok()
-            .then_some(Leave::Probe(ticket))
+        if self.off || policy.drain {
+            return None;
+        }
+        let mut inner = self.lock();
+        match inner.says(model, policy, now) {
+            Says::Go => Some(Leave::Free),
+            Says::Try => Some(inner.begin_try(model, now)),
+            Says::Stop => None,
+        }
     }
 
-    /// Lets the next request try. A ticket that is not the current one changes
-    /// nothing: its request was overtaken by a success.
-    pub(super) fn end_probe(&self, ticket: u64) {
-        // Err means just that.
-        self.probe.compare_exchange(ticket, 0, SeqCst, SeqCst).ok();
+    /// Takes leave to go there although it should not be asked: when there is
+    /// nobody else at all. One at a time, unless a refused connect is the only
+    /// reason, which costs nobody anything.
+    pub(super) fn admit_in_panic(
+        &self,
+        model: &Arc<str>,
+        policy: &Policy,
+        now: Instant,
+    ) -> Option<Leave> {
+        if self.off || policy.drain {
+            return None;
+        }
+        let mut inner = self.lock();
+        match inner.says_in_panic(model, policy, now) {
+            Says::Go => Some(Leave::Free),
+            Says::Try => Some(inner.begin_try(model, now)),
+            Says::Stop => None,
+        }
     }
 
-    fn is_down(&self) -> bool {
-        self.downs.load(SeqCst) != 0
+    /// Lets the next request try, if this one told nothing. A ticket that is not
+    /// the current one changes nothing.
+    pub(super) fn end_try(&self, model: &str, ticket: u64, policy: &Policy, now: Instant) {
+        self.change(policy, now, |inner| {
+            inner.link.end_try(ticket);
+            inner.checks.end_try(ticket);
+            inner.key.end_try(ticket);
+            inner.breakers.known(model).end_try(ticket, now);
+        });
     }
 
-    fn go_down(&self, now: Instant) {
-        let from = self.down_until.load(SeqCst);
-        if self.millis(now) < from {
+    // --- reports of requests ---
+
+    /// Notes that a request could not be sent: DNS, connect or TLS failed, after
+    /// this long. Concerns every model.
+    pub fn not_sent(&self, took: Duration, policy: &Policy, now: Instant) {
+        self.change(policy, now, |inner| {
+            if inner.link.shut(LINK, now) {
+                inner.schedule.soon(now);
+            }
+            inner.link_slow = took >= QUICK;
+        });
+    }
+
+    /// Notes that it answers, whatever it says.
+    pub(super) fn reached(&self, policy: &Policy, now: Instant) {
+        if self.troubled.load(SeqCst) {
+            self.change(policy, now, |inner| {
+                if inner.link.open() {
+                    inner.recover(now);
+                }
+            });
+        }
+    }
+
+    /// Notes that it accepted the credential, whatever it says.
+    pub(super) fn accepted(&self, policy: &Policy, now: Instant) {
+        if self.troubled.load(SeqCst) {
+            self.change(policy, now, |inner| {
+                if inner.link.open() | inner.key.open() {
+                    inner.recover(now);
+                }
+            });
+        }
+    }
+
+    /// Notes the first token of a request that began at `began`.
+    pub(super) fn token(&self, model: &Arc<str>, policy: &Policy, began: Instant, now: Instant) {
+        self.accepted(policy, now);
+        let mut inner = self.lock();
+        inner.last_good = Some(now);
+        if let Some(rules) = &policy.breaker {
+            let breakers = &mut inner.breakers;
+            breakers.of_mut(model, rules, now).token(began, now);
+        }
+    }
+
+    /// Notes the end of a request whose first token was noted.
+    pub(super) fn token_over(&self, model: &str) {
+        let mut inner = self.lock();
+        let breaker = inner.breakers.known(model);
+        breaker.answering = breaker.answering.saturating_sub(1);
+    }
+
+    /// Notes a whole answer.
+    pub(super) fn succeeded(
+        &self,
+        model: &Arc<str>,
+        policy: &Policy,
+        began: Instant,
+        now: Instant,
+    ) {
+        let mut inner = self.lock();
+        inner.last_good = Some(now);
+        let mut changed = false;
+        if let Some(rules) = &policy.breaker {
+            let breaker = inner.breakers.of_mut(model, rules, now);
+            if breaker.succeeded(rules, began, now) == Came::Changed {
+                inner.recover(now);
+                changed = true;
+            }
+        }
+        if inner.link.open() | inner.checks.open() | inner.key.open() {
+            inner.recover(now);
+            changed = true;
+        }
+        if inner.cool.until.is_none_or(|until| until <= now) {
+            inner.cool.times = 0;
+        }
+        if changed {
+            self.changed(&mut inner, policy, now);
+        }
+    }
+
+    /// Notes a failure of the server after the request was sent. Returns whether
+    /// the breaker should have opened but the group could not spare it.
+    pub(super) fn failed(
+        &self,
+        model: &Arc<str>,
+        policy: &Policy,
+        how: (Fault, Spare),
+        began: Instant,
+        now: Instant,
+    ) -> bool {
+        let Some(rules) = &policy.breaker else {
+            return false;
+        };
+        let mut inner = self.lock();
+        let breaker = inner.breakers.of_mut(model, rules, now);
+        let came = breaker.failed(rules, how, began, now);
+        if came == Came::Changed {
+            self.changed(&mut inner, policy, now);
+        }
+        came == Came::Spared
+    }
+
+    /// Notes that it turned a request away (503, 529) without asking for a
+    /// pause: a failure, unless it is just answering others with this model, and
+    /// so is only busy. Returns what [`Self::failed`] does.
+    pub(super) fn turned_away(
+        &self,
+        model: &Arc<str>,
+        policy: &Policy,
+        spare: Spare,
+        began: Instant,
+        now: Instant,
+    ) -> bool {
+        let busy = {
+            let inner = self.lock();
+            let breaker = inner.breakers.of(model);
+            breaker.is_some_and(|breaker| breaker.answering > 0)
+        };
+        !busy && self.failed(model, policy, (Fault::Answer, spare), began, now)
+    }
+
+    /// Notes that it asked for a pause. Never shortens a pause that runs.
+    pub fn cool(&self, pause: Duration, policy: &Policy, now: Instant) {
+        self.change(policy, now, |inner| {
+            inner.cool(pause.min(COOL_MAX), now);
+            inner.cool.limited = false;
+        });
+    }
+
+    /// The same, because of its rate limit; `None` if it did not say how long.
+    pub fn limit(&self, pause: Option<Duration>, policy: &Policy, now: Instant) {
+        self.change(policy, now, |inner| {
+            let running = inner.cool.until.is_some_and(|until| until > now);
+            let pause = match pause {
+                Some(pause) => pause.min(COOL_MAX),
+                // Stragglers of the same crowd.
+                None if running => Duration::ZERO,
+                None => {
+                    let times = inner.cool.times.min(20);
+                    inner.cool.times += 1;
+                    COOL_FIRST
+                        .saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX))
+                        .min(policy.cooldown)
+                }
+            };
+            inner.cool(pause, now);
+            inner.cool.limited = true;
+        });
+    }
+
+    /// Notes that its model is not loaded yet.
+    pub fn loading(&self, policy: &Policy, now: Instant) {
+        self.change(policy, now, |inner| {
+            inner.link.open();
+            inner.loading(policy, now);
+            inner.schedule.soon(now);
+        });
+    }
+
+    /// Notes that our credential is no good there.
+    pub fn key_fault(&self, fault: KeyFault, policy: &Policy, now: Instant) {
+        let pauses = match fault {
+            KeyFault::Refused => KEY_REFUSED,
+            KeyFault::Forbidden => KEY_FORBIDDEN,
+            KeyFault::Quota => QUOTA,
+        };
+        self.change(policy, now, |inner| {
+            inner.link.open();
+            inner.key.shut(pauses, now);
+            inner.key_fault = fault;
+        });
+    }
+
+    // --- checks ---
+
+    /// Returns whether it is time for a check, and takes the turn: the next one
+    /// comes after [`Self::checked`].
+    pub(super) fn begin_check(&self, policy: &Policy, now: Instant) -> bool {
+        !self.off && policy.check.enabled && self.lock().schedule.begin(now)
+    }
+
+    /// Notes what came of a check that began at `began`.
+    pub(super) fn checked(&self, checked: &Checked, policy: &Policy, began: Instant, now: Instant) {
+        self.change(policy, now, |inner| {
+            // A server that answers requests has more to do than to answer us.
+            let outweighed = *checked == Checked::Silent
+                && !inner.link.is_shut()
+                && inner.last_good.is_some_and(|at| at >= began);
+            if !outweighed {
+                inner.checked(checked, policy, now);
+            }
+            let well =
+                !inner.link.is_shut() && !inner.checks.is_shut() && inner.loading_until.is_none();
+            inner.schedule.next(&policy.check, well, now);
+        });
+    }
+
+    // --- people, and time ---
+
+    /// Forgets everything but whether it is off or draining.
+    pub fn reset(&self, policy: &Policy, now: Instant) {
+        self.change(policy, now, |inner| {
+            inner.link.open();
+            inner.checks.open();
+            inner.key.open();
+            inner.loading_until = None;
+            inner.cool = Cool::default();
+            inner.breakers.reset();
+            inner.ramp_from = None;
+            inner.schedule = Schedule::new(now);
+        });
+    }
+
+    /// Gives it nothing new from now on, or something again.
+    pub fn drain(&self, drained: bool, policy: &Policy, now: Instant) {
+        self.change(policy, now, |inner| inner.drained = drained);
+    }
+
+    /// Returns whether people, not the configuration, drain it.
+    pub fn is_drained(&self) -> bool {
+        self.lock().drained
+    }
+
+    /// Notices what only time changes: pauses that are over, streams that have
+    /// flowed long enough. Called about ten times a second.
+    pub(super) fn tick(&self, policy: &Policy, now: Instant) {
+        if !self.off {
+            self.change(policy, now, |inner| {
+                if inner.breakers.settle(now) == Came::Changed {
+                    inner.recover(now);
+                }
+            });
+        }
+    }
+
+    fn change(&self, policy: &Policy, now: Instant, change: impl FnOnce(&mut Inner)) {
+        let mut inner = self.lock();
+        change(&mut inner);
+        self.changed(&mut inner, policy, now);
+    }
+
+    /// Brings everything up to date that depends on what was changed, and tells
+    /// of it; with the lock held, so that changes are told in their order.
+    fn changed(&self, inner: &mut Inner, policy: &Policy, now: Instant) {
+        self.troubled
+            .store(self.off || inner.is_troubled(now), SeqCst);
+        let ramp = inner.climb(policy, now);
+        self.ramp.store(ramp, SeqCst);
+        let status = if self.off {
             return;
+        } else {
+            inner.look(policy, now)
+        };
+        let was = std::mem::replace(&mut inner.status, status);
+        let news = inner.breakers.news(now);
+        let Some(told) = self.told.get() else {
+            return;
+        };
+        for (model, phase, wait) in news {
+            let to = phase.as_str();
+            told.events
+                .tell(&told.name, Change::Breaker { model, to, wait });
         }
-        let pause = pause_after(self.downs.load(SeqCst));
-        let until = self.millis(now + pause);
-        // Whoever loses this race saw the same outage as the winner.
-        if self
-            .down_until
-            .compare_exchange(from, until, SeqCst, SeqCst)
-            .is_ok()
-        {
-            self.downs.fetch_add(1, SeqCst);
+        if (was.state, was.reason) != (status.state, status.reason) {
+            let change = Change::State {
+                from: was.state.as_str(),
+                to: status.state.as_str(),
+                reason: status.reason.as_str(),
+                wait: status.wait,
+            };
+            told.events.tell(&told.name, change);
         }
     }
 
-    fn millis(&self, at: Instant) -> u64 {
-        let elapsed = at.saturating_duration_since(self.epoch).as_millis();
-        u64::try_from(elapsed).unwrap_or(u64::MAX)
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Returns the pause of an upstream that was down `downs` times before: 1 s
-/// doubling to 30 s, ± 20 % so that gateways do not come back together, and
-/// never above 30 s.
-fn pause_after(downs: u32) -> Duration {
-    let pause = DOWN_MIN
-        .saturating_mul(1_u32.checked_shl(downs.min(16)).unwrap_or(u32::MAX))
-        .min(DOWN_MAX);
-    pause.mul_f64(rand::random_range(0.8..1.2)).min(DOWN_MAX)
+impl Inner {
+    fn says(&self, model: &str, policy: &Policy, now: Instant) -> Says {
+        // With checks, they find out for us: no client has to wait for a
+        // connect that fails.
+        let link = match self.link.says(now) {
+            Says::Try if policy.check.enabled => Says::Stop,
+            says => says,
+        };
+        let checks = match self.checks.is_shut() {
+            true => Says::Stop,
+            false => Says::Go,
+        };
+        let breaker = match (&policy.breaker, self.breakers.of(model)) {
+            (Some(_), Some(breaker)) => breaker.says(now),
+            _ => Says::Go,
+        };
+        self.all(&[link, checks, self.key.says(now), breaker], now)
+    }
+
+    fn says_in_panic(&self, model: &str, policy: &Policy, now: Instant) -> Says {
+        let link = match self.link.says(now) {
+            Says::Stop if !self.link_slow && self.link.is_untried() => Says::Go,
+            says => says,
+        };
+        let breaker = match (&policy.breaker, self.breakers.of(model)) {
+            (Some(rules), Some(breaker)) => breaker.says_in_panic(rules, now),
+            _ => Says::Go,
+        };
+        let checks = self.checks.says(now);
+        self.all(&[link, checks, self.key.says(now), breaker], now)
+    }
+
+    /// Puts together what each has to say.
+    fn all(&self, each: &[Says], now: Instant) -> Says {
+        let paused = self.drained
+            || self.loading_until.is_some_and(|until| until > now)
+            || self.cool.until.is_some_and(|until| until > now);
+        if paused || each.contains(&Says::Stop) {
+            Says::Stop
+        } else if each.contains(&Says::Try) {
+            Says::Try
+        } else {
+            Says::Go
+        }
+    }
+
+    fn begin_try(&mut self, model: &Arc<str>, now: Instant) -> Leave {
+        self.tickets += 1;
+        let ticket = self.tickets;
+        self.link.begin_try(ticket);
+        self.checks.begin_try(ticket);
+        self.key.begin_try(ticket);
+        self.breakers.known(model).begin_try(ticket, now);
+        Leave::Try(ticket)
+    }
+
+    fn wait(&self, model: &str, policy: &Policy, now: Instant) -> Duration {
+        let left = |until: Option<Instant>| {
+            until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
+        };
+        let breaker = self.breakers.of(model);
+        let asked = match self.loading_until.is_some() || self.checks.is_shut() {
+            true => policy.check.every.get(),
+            false => Duration::ZERO,
+        };
+        [
+            self.link.wait(now),
+            self.key.wait(now),
+            left(self.cool.until),
+            breaker.map_or(Duration::ZERO, |breaker| breaker.wait(now)),
+            asked,
+        ]
+        .into_iter()
+        .max()
+        .unwrap_or_default()
+    }
+
+    fn look(&self, policy: &Policy, now: Instant) -> Status {
+        let status = |state, reason, wait: Duration| Status {
+            state,
+            reason,
+            wait: Some(wait).filter(|wait| !wait.is_zero()),
+        };
+        let none = Duration::ZERO;
+        if policy.drain || self.drained {
+            return status(State::Draining, Reason::None, none);
+        }
+        if self.link.is_shut() {
+            return status(State::Down, Reason::Connect, none);
+        }
+        if self.key.is_shut() {
+            let wait = self.key.wait(now);
+            return match self.key_fault {
+                KeyFault::Quota => status(State::Cooling, Reason::Quota, wait),
+                _ => status(State::Down, Reason::KeyBad, wait),
+            };
+        }
+        if self.loading_until.is_some_and(|until| until > now) {
+            return status(State::Loading, Reason::None, none);
+        }
+        if self.checks.is_shut() {
+            return status(State::Down, Reason::Check, none);
+        }
+        if let Some(until) = self.cool.until.filter(|until| *until > now) {
+            let reason = match self.cool.limited {
+                true => Reason::RateLimit,
+                false => Reason::Overload,
+            };
+            return status(State::Cooling, reason, until - now);
+        }
+        match self.breakers.shut(now) {
+            (0, _) if self.schedule.fails() > 0 => status(State::Degraded, Reason::Check, none),
+            (0, _) => status(State::Ready, Reason::None, none),
+            (shut, all) => {
+                let wait = self.breakers.wait(now).unwrap_or_default();
+                let state = match shut >= all {
+                    true => State::Down,
+                    false => State::Degraded,
+                };
+                status(state, Reason::Breaker, wait)
+            }
+        }
+    }
+
+    fn is_troubled(&self, now: Instant) -> bool {
+        self.link.is_shut()
+            || self.checks.is_shut()
+            || self.key.is_shut()
+            || self.drained
+            || self.loading_until.is_some_and(|until| until > now)
+            || self.cool.until.is_some_and(|until| until > now)
+            || self.breakers.shut(now).0 > 0
+    }
+
+    fn cool(&mut self, pause: Duration, now: Instant) {
+        let until = now + pause;
+        self.cool.until = Some(self.cool.until.map_or(until, |running| running.max(until)));
+    }
+
+    fn loading(&mut self, policy: &Policy, now: Instant) {
+        // Checks come more often than that.
+        let check = &policy.check;
+        let pause = match check.enabled {
+            true => check.every.get() * 2 + check.timeout.get(),
+            false => LOADING,
+        };
+        self.loading_until = Some(now + pause);
+    }
+
+    fn checked(&mut self, checked: &Checked, policy: &Policy, now: Instant) {
+        let check = &policy.check;
+        match checked {
+            Checked::Good => {
+                let enough = self.schedule.good() >= check.rise;
+                // A model that was loading says by itself that it is there.
+                let loaded = self.loading_until.take().is_some();
+                if (enough || loaded) && (self.link.open() | self.checks.open() | loaded) {
+                    self.recover(now);
+                }
+            }
+            Checked::Loading => {
+                self.schedule.loading();
+                self.link.open();
+                self.checks.open();
+                self.loading(policy, now);
+            }
+            Checked::Silent | Checked::Bad(_) => {
+                if self.schedule.bad() >= check.fall {
+                    self.loading_until = None;
+                    self.checks.shut(CHECKS, now);
+                }
+            }
+        }
+    }
+
+    fn recover(&mut self, now: Instant) {
+        self.ramp_from = Some(now);
+    }
+
+    fn climb(&mut self, policy: &Policy, now: Instant) -> u32 {
+        let Some(from) = self.ramp_from else {
+            return RAMP_FULL;
+        };
+        let since = now.saturating_duration_since(from);
+        if since >= policy.slow_start {
+            self.ramp_from = None;
+            return RAMP_FULL;
+        }
+        let thousandths = since.as_millis() * 1000 / policy.slow_start.as_millis().max(1);
+        u32::try_from(thousandths)
+            .unwrap_or(RAMP_FULL)
+            .clamp(RAMP_FIRST, RAMP_FULL)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{config, metrics::Metrics};
 
     fn secs(secs: f64) -> Duration {
         Duration::from_secs_f64(secs)
     }
 
+    /// An upstream's health with its clock.
+    struct Bench {
+        health: Health,
+        policy: Policy,
+        now: Instant,
+    }
+
+    impl Bench {
+        fn new(yaml: &str) -> Self {
+            let now = Instant::now();
+            let upstream: config::Upstream = serde_yaml::from_str(yaml).unwrap();
+            Self {
+                health: Health::new(now),
+                policy: Policy::of(&config::Group::default(), &upstream),
+                now,
+            }
+        }
+
+        fn unchecked() -> Self {
+            Self::new("{ check: { enabled: false } }")
+        }
+
+        fn later(&mut self, time: f64) -> &mut Self {
+            self.now += secs(time);
+            self
+        }
+
+        fn not_sent(&self) -> &Self {
+            self.health.not_sent(secs(0.0), &self.policy, self.now);
+            self
+        }
+
+        fn fail(&self, model: &str, times: usize) -> &Self {
+            let model = model.into();
+            for _ in 0..times {
+                self.health.failed(
+                    &model,
+                    &self.policy,
+                    (Fault::Answer, Spare::Yes),
+                    self.now,
+                    self.now,
+                );
+            }
+            self
+        }
+
+        fn succeed(&self, model: &str) -> &Self {
+            self.health
+                .succeeded(&model.into(), &self.policy, self.now, self.now);
+            self
+        }
+
+        fn check(&self, checked: &Checked) -> &Self {
+            self.health
+                .checked(checked, &self.policy, self.now, self.now);
+            self
+        }
+
+        fn bad(&self) -> &Self {
+            self.check(&Checked::Bad("status 500".to_owned()))
+        }
+
+        fn says(&self, model: &str) -> Says {
+            self.health.says(model, &self.policy, self.now)
+        }
+
+        fn state(&self) -> (State, Reason) {
+            let status = self.health.status(&self.policy, self.now);
+            (status.state, status.reason)
+        }
+
+        fn wait(&self) -> Duration {
+            self.health.wait("m", &self.policy, self.now)
+        }
+
+        fn admit(&self, model: &str) -> Option<Leave> {
+            self.health.admit(&model.into(), &self.policy, self.now)
+        }
+    }
+
     #[test]
-    fn a_pause_knows_whether_it_was_for_a_rate_limit() {
-        let now = Instant::now();
-        let health = Health::new(now);
-        health.limit(Some(Duration::from_secs(9)), now);
+    fn an_upstream_that_cannot_be_reached_is_down_until_checks_are_good() {
+        let mut bench = Bench::new("{}");
+        bench.not_sent();
+        assert_eq!(bench.state(), (State::Down, Reason::Connect));
+        // However long it takes, no client finds out.
+        assert_eq!(bench.later(3600.0).says("m"), Says::Stop);
+        bench.check(&Checked::Good);
+        assert_eq!(bench.says("m"), Says::Stop);
+        bench.check(&Checked::Good);
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+        assert_eq!(bench.says("m"), Says::Go);
+        assert_eq!(bench.health.ramp(), RAMP_FIRST);
+    }
+
+    #[test]
+    fn without_checks_one_request_at_a_time_finds_out() {
+        let mut bench = Bench::unchecked();
+        bench.not_sent();
+        assert_eq!(bench.later(0.7).says("m"), Says::Stop);
+        bench.later(0.6);
+        let Some(Leave::Try(ticket)) = bench.admit("m") else {
+            panic!("the first may try");
+        };
+        assert_eq!(bench.admit("m"), None);
+        assert_eq!(bench.admit("another model"), None);
+        bench.health.end_try("m", ticket, &bench.policy, bench.now);
+        assert!(matches!(bench.admit("m"), Some(Leave::Try(_))));
+        bench.succeed("m");
+        assert_eq!(bench.admit("m"), Some(Leave::Free));
+    }
+
+    #[test]
+    fn three_bad_checks_take_it_down_and_two_good_ones_bring_it_back() {
+        let bench = Bench::new("{}");
+        bench.bad().bad();
+        assert_eq!(bench.state(), (State::Degraded, Reason::Check));
+        assert_eq!(bench.says("m"), Says::Go);
+        bench.bad();
+        assert_eq!(bench.state(), (State::Down, Reason::Check));
+        assert_eq!(bench.says("m"), Says::Stop);
+        bench.check(&Checked::Good);
+        assert_eq!(bench.says("m"), Says::Stop);
+        bench.bad().check(&Checked::Good);
+        assert_eq!(bench.says("m"), Says::Stop, "not in a row");
+        bench.check(&Checked::Good);
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+    }
+
+    #[test]
+    fn a_good_check_never_closes_a_breaker() {
+        let bench = Bench::new("{}");
+        bench.fail("m", 5);
+        for _ in 0..10 {
+            bench.check(&Checked::Good);
+        }
+        assert_eq!(bench.state(), (State::Down, Reason::Breaker));
+        assert_eq!(bench.says("m"), Says::Stop);
+    }
+
+    #[test]
+    fn a_server_that_answers_requests_is_not_down_for_a_silent_check() {
+        let mut bench = Bench::new("{}");
+        for _ in 0..10 {
+            bench.succeed("m").check(&Checked::Silent);
+        }
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+        for _ in 0..3 {
+            bench.later(5.0).check(&Checked::Silent);
+        }
+        assert_eq!(bench.state(), (State::Down, Reason::Check));
+    }
+
+    #[test]
+    fn a_breaker_is_one_models_own_and_the_state_says_so() {
+        let mut bench = Bench::new("{}");
+        bench.succeed("b").fail("a", 5);
+        assert_eq!((bench.says("a"), bench.says("b")), (Says::Stop, Says::Go));
+        assert_eq!(bench.state(), (State::Degraded, Reason::Breaker));
+        bench.later(6.1);
+        assert!(matches!(bench.admit("a"), Some(Leave::Try(_))));
         assert_eq!(
-            (health.state(now), health.is_limited()),
-            (State::Cooling, true)
+            (bench.admit("a"), bench.admit("b")),
+            (None, Some(Leave::Free))
         );
-        health.cool(None, now);
-        assert!(!health.is_limited());
-        assert_eq!(health.wait(now), Duration::from_secs(9));
+        bench.succeed("a");
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+        assert_eq!(bench.health.ramp(), RAMP_FIRST);
+        bench.later(10.0);
+        bench.health.climb(&bench.policy, bench.now);
+        assert_eq!(bench.health.ramp(), RAMP_FULL);
     }
 
     #[test]
-    fn an_upstream_that_cannot_be_reached_is_down_for_about_a_second() {
-        let now = Instant::now();
-        let health = Health::new(now);
-        assert!(health.available(now));
-        health.not_sent(now);
-        assert_eq!(health.state(now), State::Down);
-        assert!(!health.available(now + secs(0.79)));
-        assert!(health.available(now + secs(1.21)));
-    }
-
-    #[test]
-    fn pauses_double_to_thirty_seconds_and_a_success_starts_again() {
-        let mut now = Instant::now();
-        let health = Health::new(now);
-        for expected in [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0] {
-            health.not_sent(now);
-            let wait = health.wait(now).as_secs_f64();
-            assert!(wait >= expected * 0.79, "{wait} of {expected}");
-            assert!(wait <= (expected * 1.21).min(30.0), "{wait} of {expected}");
-            now += health.wait(now);
-        }
-        health.succeeded();
-        assert_eq!(health.state(now), State::Ready);
-        health.not_sent(now);
-        assert!(health.wait(now) <= secs(1.21));
-    }
-
-    #[test]
-    fn a_crowd_that_fails_together_doubles_the_pause_once() {
-        let now = Instant::now();
-        let health = Health::new(now);
+    fn loading_is_a_state_and_no_failure() {
+        let mut bench = Bench::new("{}");
+        bench.health.loading(&bench.policy, bench.now);
+        assert_eq!(bench.state(), (State::Loading, Reason::None));
+        assert_eq!(bench.says("m"), Says::Stop);
         for _ in 0..100 {
-            health.not_sent(now);
+            bench.later(5.0).check(&Checked::Loading);
         }
-        assert!(health.wait(now) <= secs(1.21));
+        assert_eq!(bench.state(), (State::Loading, Reason::None));
+        bench.check(&Checked::Good);
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+        // Without checks, somebody looks after a while.
+        let mut bench = Bench::unchecked();
+        bench.health.loading(&bench.policy, bench.now);
+        assert_eq!(bench.later(5.0).says("m"), Says::Go);
     }
 
     #[test]
-    fn one_request_at_a_time_tries_an_upstream_that_was_down() {
-        let start = Instant::now();
-        let health = Health::new(start);
-        health.not_sent(start);
-        let now = start + secs(2.0);
-        let Some(Leave::Probe(ticket)) = health.admit(now) else {
-            panic!("the first may try");
-        };
-        assert!(!health.available(now));
-        assert_eq!(health.admit(now), None);
-        health.end_probe(ticket);
-        assert!(matches!(health.admit(now), Some(Leave::Probe(_))));
-        health.succeeded();
-        assert_eq!(health.admit(now), Some(Leave::Free));
-    }
-
-    #[test]
-    fn a_ticket_from_before_a_success_does_not_end_a_later_try() {
-        let start = Instant::now();
-        let health = Health::new(start);
-        health.not_sent(start);
-        let now = start + secs(2.0);
-        let Some(Leave::Probe(old)) = health.admit(now) else {
-            panic!("the first may try");
-        };
-        health.succeeded();
-        health.not_sent(now);
-        let later = now + secs(2.0);
-        assert!(matches!(health.admit(later), Some(Leave::Probe(_))));
-        health.end_probe(old);
-        assert_eq!(health.admit(later), None);
-    }
-
-    #[test]
-    fn five_failures_in_a_row_take_it_down_and_four_do_not() {
-        let now = Instant::now();
-        let health = Health::new(now);
-        for _ in 0..4 {
-            health.failed(now);
+    fn a_rate_limit_without_a_time_doubles_from_half_a_minute_to_the_longest() {
+        let mut bench = Bench::new("{ cooldown: 5m }");
+        for expected in [30.0, 60.0, 120.0, 240.0, 300.0, 300.0] {
+            for _crowd in 0..9 {
+                bench.health.limit(None, &bench.policy, bench.now);
+            }
+            assert_eq!(bench.wait(), secs(expected));
+            assert_eq!(bench.state(), (State::Cooling, Reason::RateLimit));
+            bench.later(expected);
+            assert_eq!(bench.says("m"), Says::Go);
         }
-        assert_eq!(health.state(now), State::Ready);
-        health.succeeded();
-        for _ in 0..4 {
-            health.failed(now);
-        }
-        assert!(health.available(now));
-        health.failed(now);
-        assert_eq!(health.state(now), State::Down);
-        assert!(!health.available(now));
-    }
-
-    #[test]
-    fn one_failure_while_half_open_is_enough() {
-        let start = Instant::now();
-        let health = Health::new(start);
-        health.not_sent(start);
-        let now = start + secs(2.0);
-        health.failed(now);
-        assert!(!health.available(now + secs(1.5)));
+        bench.succeed("m");
+        bench.health.limit(None, &bench.policy, bench.now);
+        assert_eq!(bench.wait(), secs(30.0));
     }
 
     #[test]
     fn a_pause_is_kept_as_asked_within_thirty_minutes() {
-        let now = Instant::now();
-        let health = Health::new(now);
-        health.cool(None, now);
-        assert_eq!(health.state(now), State::Cooling);
-        assert_eq!(health.wait(now), COOL_DEFAULT);
-        health.cool(Some(secs(1.0)), now);
-        assert_eq!(health.wait(now), COOL_DEFAULT);
-        health.succeeded();
-        assert!(!health.available(now));
-        health.cool(Some(secs(1e6)), now);
-        assert_eq!(health.wait(now), COOL_MAX);
-        assert_eq!(health.state(now + COOL_MAX), State::Ready);
+        let mut bench = Bench::new("{}");
+        let limit = |bench: &Bench, time| {
+            bench
+                .health
+                .limit(Some(secs(time)), &bench.policy, bench.now);
+        };
+        limit(&bench, 7.0);
+        limit(&bench, 1.0);
+        bench.succeed("m");
+        assert_eq!((bench.wait(), bench.says("m")), (secs(7.0), Says::Stop));
+        limit(&bench, 1e6);
+        assert_eq!(bench.wait(), COOL_MAX);
+        bench.later(1800.0);
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+        bench.health.cool(secs(3.0), &bench.policy, bench.now);
+        assert_eq!(bench.state(), (State::Cooling, Reason::Overload));
     }
 
     #[test]
-    fn reset_forgets_pauses_but_not_that_it_is_off() {
-        let now = Instant::now();
-        let health = Health::new(now);
-        health.cool(None, now);
-        health.not_sent(now);
-        health.reset();
-        assert_eq!(health.state(now), State::Ready);
-        assert!(health.available(now));
-        let off = Health::off(now);
-        off.reset();
-        off.succeeded();
-        assert_eq!(off.state(now), State::Off);
-        assert!(!off.available(now));
-        assert_eq!(off.admit(now), None);
+    fn a_bad_credential_is_tried_again_after_minutes_by_one() {
+        for (fault, state, reason, least, most) in [
+            (KeyFault::Refused, State::Down, Reason::KeyBad, 240.0, 360.0),
+            (KeyFault::Forbidden, State::Down, Reason::KeyBad, 24.0, 36.0),
+            (KeyFault::Quota, State::Cooling, Reason::Quota, 240.0, 300.0),
+        ] {
+            let mut bench = Bench::new("{}");
+            bench.health.key_fault(fault, &bench.policy, bench.now);
+            assert_eq!(bench.state(), (state, reason));
+            assert!(bench.wait() >= secs(least) && bench.wait() <= secs(most));
+            bench.check(&Checked::Good).check(&Checked::Good);
+            assert_eq!(bench.says("m"), Says::Stop);
+            bench.later(most);
+            assert!(matches!(bench.admit("m"), Some(Leave::Try(_))));
+            assert_eq!(bench.admit("m"), None);
+            bench.health.accepted(&bench.policy, bench.now);
+            assert_eq!(bench.state(), (State::Ready, Reason::None));
+        }
+    }
+
+    #[test]
+    fn one_that_turns_some_away_while_it_answers_others_is_only_busy() {
+        let bench = Bench::new("{}");
+        let model: Arc<str> = "m".into();
+        let away = || {
+            bench
+                .health
+                .turned_away(&model, &bench.policy, Spare::Yes, bench.now, bench.now)
+        };
+        bench
+            .health
+            .token(&model, &bench.policy, bench.now, bench.now);
+        assert!(!(0..50).any(|_| away()));
+        assert_eq!(bench.says("m"), Says::Go);
+        bench.health.token_over("m");
+        assert!(!(0..5).any(|_| away()));
+        assert_eq!(bench.says("m"), Says::Stop);
+    }
+
+    #[test]
+    fn draining_takes_nothing_new_until_it_is_taken_back() {
+        let bench = Bench::new("{}");
+        bench.health.drain(true, &bench.policy, bench.now);
+        assert_eq!(bench.state(), (State::Draining, Reason::None));
+        assert_eq!((bench.says("m"), bench.admit("m")), (Says::Stop, None));
+        bench.health.reset(&bench.policy, bench.now);
+        assert_eq!(bench.says("m"), Says::Stop);
+        bench.health.drain(false, &bench.policy, bench.now);
+        assert_eq!(bench.says("m"), Says::Go);
+        let written = Bench::new("{ drain: true }");
+        assert_eq!(written.state(), (State::Draining, Reason::None));
+        assert_eq!((written.says("m"), written.admit("m")), (Says::Stop, None));
+    }
+
+    #[test]
+    fn reset_forgets_everything_but_that_it_is_off() {
+        let bench = Bench::new("{}");
+        bench.not_sent().fail("m", 9).bad().bad().bad();
+        bench.health.limit(None, &bench.policy, bench.now);
+        bench
+            .health
+            .key_fault(KeyFault::Quota, &bench.policy, bench.now);
+        bench.health.loading(&bench.policy, bench.now);
+        bench.health.reset(&bench.policy, bench.now);
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+        assert_eq!(bench.says("m"), Says::Go);
+
+        let off = Health::off(bench.now);
+        off.reset(&bench.policy, bench.now);
+        assert_eq!(off.status(&bench.policy, bench.now).state, State::Off);
+        assert_eq!(off.says("m", &bench.policy, bench.now), Says::Stop);
+        assert!(!off.begin_check(&bench.policy, bench.now));
+    }
+
+    #[test]
+    fn each_change_is_told_once_also_what_only_time_changes() {
+        let mut bench = Bench::new("{}");
+        let events = Arc::new(Events::new(Arc::new(Metrics::new())));
+        let mut heard = events.subscribe();
+        bench.health.tell(&"gpu-1".into(), &events);
+        bench
+            .health
+            .limit(Some(secs(7.0)), &bench.policy, bench.now);
+        bench
+            .health
+            .limit(Some(secs(7.0)), &bench.policy, bench.now);
+        bench.health.tick(&bench.policy, bench.now);
+        bench.later(7.0);
+        bench.health.tick(&bench.policy, bench.now);
+        bench.health.tick(&bench.policy, bench.now);
+        bench.fail("m", 5);
+        let mut told = Vec::new();
+        while let Ok(event) = heard.try_recv() {
+            assert_eq!(&*event.upstream, "gpu-1");
+            told.push(match event.change {
+                Change::State {
+                    from, to, reason, ..
+                } => format!("{from} {to} {reason}"),
+                Change::Breaker { model, to, .. } => format!("{model} {to}"),
+            });
+        }
+        assert_eq!(
+            told,
+            [
+                "ready cooling rate_limit",
+                "cooling ready -",
+                "m open",
+                "ready down breaker",
+            ]
+        );
+    }
+
+    #[test]
+    fn no_walk_of_reports_leaves_it_shut_for_ever() {
+        // xorshift64: the same walks each time.
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = |below: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % below
+        };
+        for walk in 0..300 {
+            let mut bench = match walk % 2 {
+                0 => Bench::new("{}"),
+                _ => Bench::unchecked(),
+            };
+            for _ in 0..200 {
+                bench.later(next(30) as f64 / 10.0);
+                let model = ["a", "b"][usize::try_from(next(2)).unwrap()];
+                let leave = bench.admit(model);
+                match next(9) {
+                    0 | 1 => drop(bench.fail(model, 1)),
+                    2 => drop(bench.not_sent()),
+                    3 => drop(bench.succeed(model)),
+                    4 => bench.health.limit(None, &bench.policy, bench.now),
+                    5 => {
+                        let fault = KeyFault::Forbidden;
+                        bench.health.key_fault(fault, &bench.policy, bench.now);
+                    }
+                    6 if bench.policy.check.enabled => drop(bench.bad()),
+                    7 if bench.policy.check.enabled => drop(bench.check(&Checked::Good)),
+                    _ => {}
+                }
+                if let Some(Leave::Try(ticket)) = leave {
+                    bench
+                        .health
+                        .end_try(model, ticket, &bench.policy, bench.now);
+                }
+            }
+            // It is mended: checks say so, and whoever may try finds it so.
+            for _ in 0..3 {
+                bench.later(1801.0);
+                if bench.policy.check.enabled {
+                    bench.check(&Checked::Good).check(&Checked::Good);
+                }
+                for model in ["a", "b"] {
+                    assert!(bench.admit(model).is_some(), "walk {walk}");
+                    bench.succeed(model);
+                }
+            }
+            assert_eq!(bench.state(), (State::Ready, Reason::None), "walk {walk}");
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! The model servers: where they are, how they are, and which one is next.
 //!
 //! Start at [`group`]: a [`Group`] holds [`Upstream`]s and picks one. Nothing
-//! here sends a request: the exchange does, and reports to
-//! [`Upstream::health`] what it saw.
+//! here sends a request (checks excepted): the exchange does, and reports to its
+//! [`Slot`] and to [`Group::failed`] what it saw.
 //!
 //! - [`url`]: a base URL, taken apart
 //! - [`tls`]: the authorities to trust
@@ -10,18 +10,30 @@
 //! - [`resolve`]: its name's addresses, kept fresh in the background
 //! - [`discovery`]: which models it says it has
 //! - [`context_sizes`]: how large a context its models have, for Ollama
-//! - [`health`]: whether it may be used now
+//! - [`policy`]: what holds for it: its own settings, or its group's
+//! - [`health`]: whether it may be used now; [`state`] in a word
+//! - [`breaker`]: what it does with one model; `breakers` for all of them;
+//!   `gate` for what concerns all models
+//! - [`check`]: asking it whether it is well
+//! - [`budget`]: how much may be tried again
 //! - [`strategies`]: how one of several is chosen; the one list
 //! - [`group`]: upstreams that can stand in for each other
 //! - [`waiting`]: those who wait until one of them is free
 //! - [`queue`]: who of them is next
 
+pub mod breaker;
+mod breakers;
+pub mod budget;
+pub mod check;
 pub mod context_sizes;
 pub mod discovery;
+mod gate;
 pub mod group;
 pub mod health;
+pub mod policy;
 pub mod queue;
 pub mod resolve;
+pub mod state;
 pub mod strategies;
 pub mod tls;
 pub mod upstream;
@@ -31,9 +43,11 @@ pub mod waiting;
 pub use context_sizes::ContextSizes;
 pub use discovery::{Discovery, MODELS_MAX};
 pub use group::{BuildError, Group, Pick, Previous};
-pub use health::{Health, State};
+pub use health::{Health, KeyFault};
+pub use policy::Policy;
 pub use queue::{Key, Reason, Refused, Rules};
 pub use resolve::{Addresses, Unresolved};
+pub use state::{State, Status};
 pub use strategies::{STRATEGIES, Strategy};
 pub use tls::connector_options;
 pub use upstream::{Continues, Refusal, Secrets, Slot, Upstream};

@@ -250,7 +250,8 @@ OsMwjVFkYAIlyEt3eb6JMOv9iaBXmfKQjdh2t2gpMrVaVFKsXA18nr7u
             if connector.new_stream(&peer).await.is_ok() {
                 return true;
             }
-            upstream.not_sent(&peer, std::time::Instant::now());
+            let now = std::time::Instant::now();
+            upstream.not_sent(&peer, now, now);
         }
         false
     }

@@ -30,10 +30,15 @@ use pingora::{
 use smallvec::SmallVec;
 
 use super::{
+    breaker::{Fault, Says, Spare},
+    budget::Pass,
+    check::Checked,
     context_sizes::ContextSizes,
     discovery::Discovery,
-    health::{Health, Leave},
+    health::{Health, KeyFault, Leave},
+    policy::Policy,
     resolve::{Addresses, Unresolved},
+    state::Status,
     tls::Authorities,
     url::BaseUrl,
     waiting::{Lease, Waiting},
@@ -65,7 +70,10 @@ pub struct Upstream {
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// What its host's name resolves to.
     pub addresses: Arc<Addresses>,
-    /// What the traffic tells of it.
+    /// When it is left alone, and how it is asked whether it is well.
+    pub policy: Policy,
+    /// What is known of it. Ask and report through the functions here and those
+    /// of [`Slot`], which know its policy.
     pub health: Arc<Health>,
     /// Which models it says it has.
     pub discovery: Arc<Discovery>,
@@ -101,7 +109,18 @@ struct Load {
 #[derive(Debug)]
 pub struct Slot {
     upstream: Arc<Upstream>,
-    probe: Option<u64>,
+    /// The model of the request, by the name it is sent with.
+    model: Arc<str>,
+    /// When it was taken.
+    since: Instant,
+    /// The ticket of the one request that tries.
+    ticket: Option<u64>,
+    /// Whether the first token was noted.
+    answering: AtomicBool,
+    /// Whether the whole answer was noted.
+    answered: AtomicBool,
+    /// The leave to retry, if the request is one.
+    pass: Option<Pass>,
     lease: Option<Lease>,
 }
 
@@ -110,7 +129,7 @@ pub struct Slot {
 pub enum Refusal {
     /// It works on as many requests as it may (`concurrent`).
     Busy,
-    /// It is down, cooling, off, or being tried by another request.
+    /// It is down, cooling, draining, off, or being tried by another request.
     Unavailable,
 }
 
@@ -145,7 +164,8 @@ impl UpstreamError {
 }
 
 /// Builds an upstream, or returns `previous` itself when nothing about it
-/// changed: not its configuration, nor a secret, nor the file of authorities.
+/// changed: not its configuration or policy, nor a secret, nor the file of
+/// authorities.
 ///
 /// When something did, what describes the *server* is taken over as far as it
 /// is the same server: the requests under way and the addresses with the host
@@ -159,6 +179,7 @@ impl UpstreamError {
 /// All that is wrong with it.
 pub fn build(
     config: &config::Upstream,
+    policy: Policy,
     secrets: &Secrets,
     off: bool,
     previous: Option<&Arc<Upstream>>,
@@ -176,6 +197,7 @@ pub fn build(
 
     if let Some(old) = previous
         && old.config == *config
+        && old.policy == policy
         && old.authorization == authorization
         && old.headers == headers
         && old.authorities == authorities
@@ -231,6 +253,7 @@ pub fn build(
             || Arc::new(Addresses::new(&base)),
             |old| Arc::clone(&old.addresses),
         ),
+        policy,
         health,
         discovery,
         contexts,
@@ -259,9 +282,74 @@ impl Upstream {
         self.load.in_flight.load(Relaxed)
     }
 
-    /// Returns its share of the traffic; at least 1.
+    /// Returns its share of the traffic, relative to the others of its group, in
+    /// thousandths of the configuration's weights: less while it comes back (slow
+    /// start), and at least 1.
     pub fn weight(&self) -> u32 {
-        self.config.weight.max(1)
+        self.config.weight.max(1).saturating_mul(self.health.ramp())
+    }
+
+    /// Returns whether it is coming back, and gets less than its share.
+    pub fn is_ramping(&self) -> bool {
+        self.health.is_ramping()
+    }
+
+    /// Returns whether a request with this model may go there now.
+    pub fn available(&self, model: &str, now: Instant) -> bool {
+        self.health.says(model, &self.policy, now) != Says::Stop
+    }
+
+    /// Returns how long nobody should go there with this model.
+    pub fn wait(&self, model: &str, now: Instant) -> Duration {
+        self.health.wait(model, &self.policy, now)
+    }
+
+    /// Returns what it is good for, and why.
+    pub fn status(&self, now: Instant) -> Status {
+        self.health.status(&self.policy, now)
+    }
+
+    /// Returns whether it gets nothing new at all: it is off, or draining.
+    pub fn is_closed(&self) -> bool {
+        self.health.is_off() || self.policy.drain || self.health.is_drained()
+    }
+
+    /// Forgets what is known of it, as if it had just been added.
+    pub fn reset(&self, now: Instant) {
+        self.health.reset(&self.policy, now);
+        self.wake();
+    }
+
+    /// Gives it nothing new from now on, or something again.
+    pub fn drain(&self, drained: bool, now: Instant) {
+        self.health.drain(drained, &self.policy, now);
+        self.wake();
+    }
+
+    /// Notices what only time changes.
+    pub(super) fn tick(&self, now: Instant) {
+        self.health.tick(&self.policy, now);
+    }
+
+    /// Returns whether it is time to ask whether it is well, and takes the turn.
+    pub(super) fn begin_check(&self, now: Instant) -> bool {
+        self.health.begin_check(&self.policy, now)
+    }
+
+    /// Notes what it said of itself when it was asked at `began`.
+    pub(super) fn checked(&self, checked: &Checked, began: Instant, now: Instant) {
+        let was_good = self.health.is_good();
+        self.health.checked(checked, &self.policy, began, now);
+        if was_good != self.health.is_good() {
+            self.wake();
+        }
+    }
+
+    /// Brings its share up to date while it comes back.
+    pub(super) fn climb(&self, now: Instant) {
+        if self.is_ramping() {
+            self.health.climb(&self.policy, now);
+        }
     }
 
     /// Returns whether it would take one more request.
@@ -322,7 +410,7 @@ impl Upstream {
 
     /// Takes a slot whatever its health is; `None` at `concurrent`. For the
     /// last resort; everything else goes through [`Self::try_admit`].
-    pub fn try_acquire(self: &Arc<Self>) -> Option<Slot> {
+    pub fn try_acquire(self: &Arc<Self>, model: &Arc<str>, now: Instant) -> Option<Slot> {
         let most = self.load.most.load(SeqCst);
         self.load
             .in_flight
@@ -330,27 +418,40 @@ impl Upstream {
             .is_ok()
             .then(|| Slot {
                 upstream: Arc::clone(self),
-                probe: None,
+                model: Arc::clone(model),
+                since: now,
+                ticket: None,
+                answering: AtomicBool::new(false),
+                answered: AtomicBool::new(false),
+                pass: None,
                 lease: None,
             })
     }
 
-    /// Takes a slot if it is available. On an upstream that was down, the slot
-    /// makes its holder the one request that tries.
+    /// Takes a slot if it is available for this model. On an upstream that was
+    /// down, the slot makes its holder the one request that tries.
     ///
     /// # Errors
     /// Why it takes no request now.
-    pub fn try_admit(self: &Arc<Self>, now: Instant) -> Result<Slot, Refusal> {
-        if !self.health.available(now) {
+    pub fn try_admit(self: &Arc<Self>, model: &Arc<str>, now: Instant) -> Result<Slot, Refusal> {
+        if !self.available(model, now) {
             return Err(Refusal::Unavailable);
         }
-        let mut slot = self.try_acquire().ok_or(Refusal::Busy)?;
-        match self.health.admit(now) {
-            Some(Leave::Free) => {}
-            Some(Leave::Probe(ticket)) => slot.probe = Some(ticket),
-            None => return Err(Refusal::Unavailable),
-        }
-        Ok(slot)
+        let slot = self.try_acquire(model, now).ok_or(Refusal::Busy)?;
+        let leave = self.health.admit(model, &self.policy, now);
+        slot.with(leave)
+    }
+
+    /// Takes a slot when there is nobody else at all: also of an upstream that
+    /// is down, if finding out that it still is costs next to nothing, or nobody
+    /// else is finding out.
+    ///
+    /// # Errors
+    /// Why it takes no request now.
+    pub fn try_in_panic(self: &Arc<Self>, model: &Arc<str>, now: Instant) -> Result<Slot, Refusal> {
+        let slot = self.try_acquire(model, now).ok_or(Refusal::Busy)?;
+        let leave = self.health.admit_in_panic(model, &self.policy, now);
+        slot.with(leave)
     }
 
     /// Lets `concurrent` take effect, also for requests that began with another
@@ -397,21 +498,33 @@ impl Upstream {
     /// When the host's name has no address: see [`Addresses::resolve_now`].
     pub fn peer(&self) -> Result<HttpPeer, Unresolved> {
         let address = self.addresses.next(Instant::now()).ok_or(Unresolved)?;
-        let mut peer = self.peer.clone();
-        peer._address = PeerAddr::Inet(address);
-        Ok(peer)
+        Ok(self.peer_at(PeerAddr::Inet(address)))
     }
 
-    /// Notes that a request could not be sent to a peer. Returns whether the
-    /// upstream has another address to try at once, with a new
-    /// [`Self::peer`]; if not, it is down.
-    pub fn not_sent(&self, peer: &HttpPeer, now: Instant) -> bool {
+    /// Returns the peer at an address of its host.
+    pub(super) fn peer_at(&self, address: PeerAddr) -> HttpPeer {
+        let mut peer = self.peer.clone();
+        peer._address = address;
+        peer
+    }
+
+    /// Notes that its name could not be resolved, which took from `began`.
+    pub fn unresolved(&self, began: Instant, now: Instant) {
+        let took = now.saturating_duration_since(began);
+        self.health.not_sent(took, &self.policy, now);
+    }
+
+    /// Notes that a request could not be sent to a peer, which took from
+    /// `began`. Returns whether the upstream has another address to try at once,
+    /// with a new [`Self::peer`]; if not, it is down.
+    pub fn not_sent(&self, peer: &HttpPeer, began: Instant, now: Instant) -> bool {
         let another = match peer._address {
             PeerAddr::Inet(at) => self.addresses.refused(at, now),
             PeerAddr::Unix(_) => false,
         };
         if !another {
-            self.health.not_sent(now);
+            let took = now.saturating_duration_since(began);
+            self.health.not_sent(took, &self.policy, now);
         }
         another
     }
@@ -432,9 +545,99 @@ impl Slot {
         &self.upstream
     }
 
+    /// Returns the model of the request, by the name it is sent with.
+    pub fn model(&self) -> &Arc<str> {
+        &self.model
+    }
+
     /// Returns whether its holder tries an upstream that was down.
     pub fn is_probe(&self) -> bool {
-        self.probe.is_some()
+        self.ticket.is_some()
+    }
+
+    /// Makes the request a retry, which it stays until its first token.
+    pub fn carry(&mut self, pass: Pass) {
+        pass.spend();
+        self.pass = Some(pass);
+    }
+
+    /// Notes that the upstream answers, whatever it says.
+    pub fn reached(&self, now: Instant) {
+        self.upstream.health.reached(&self.upstream.policy, now);
+    }
+
+    /// Notes that it accepted our credential, whatever it says.
+    pub fn accepted(&self, now: Instant) {
+        self.upstream.health.accepted(&self.upstream.policy, now);
+    }
+
+    /// Notes the first token of a stream; more may come.
+    pub fn token(&self, now: Instant) {
+        if let Some(pass) = &self.pass {
+            pass.settle();
+        }
+        if !self.answering.swap(true, SeqCst) {
+            let Upstream { health, policy, .. } = &*self.upstream;
+            health.token(&self.model, policy, self.since, now);
+        }
+    }
+
+    /// Notes that the answer is whole, and good; the first call counts.
+    pub fn succeeded(&self, now: Instant) {
+        if !self.answered.swap(true, SeqCst) {
+            let Upstream { health, policy, .. } = &*self.upstream;
+            health.succeeded(&self.model, policy, self.since, now);
+        }
+    }
+
+    /// Notes a failure of the server. Returns whether its breaker should have
+    /// opened but the group cannot spare it. Called by [`Group`](super::Group).
+    pub(super) fn failed(&self, how: (Fault, Spare), now: Instant) -> bool {
+        let Upstream { health, policy, .. } = &*self.upstream;
+        health.failed(&self.model, policy, how, self.since, now)
+    }
+
+    /// Notes that it was turned away (503, 529) without a word of a pause.
+    /// Returns what [`Self::failed`] does.
+    pub(super) fn turned_away(&self, spare: Spare, now: Instant) -> bool {
+        self.reached(now);
+        let Upstream { health, policy, .. } = &*self.upstream;
+        health.turned_away(&self.model, policy, spare, self.since, now)
+    }
+
+    /// Notes that the upstream asked for a pause because it is overloaded.
+    pub fn cool(&self, pause: Duration, now: Instant) {
+        self.accepted(now);
+        self.upstream.health.cool(pause, &self.upstream.policy, now);
+    }
+
+    /// Notes that its rate limit is reached; `None` if it did not say how long.
+    pub fn limit(&self, pause: Option<Duration>, now: Instant) {
+        self.accepted(now);
+        self.upstream
+            .health
+            .limit(pause, &self.upstream.policy, now);
+    }
+
+    /// Notes that its model is being loaded.
+    pub fn loading(&self, now: Instant) {
+        self.upstream.health.loading(&self.upstream.policy, now);
+    }
+
+    /// Notes that our credential is no good there.
+    pub fn key_fault(&self, fault: KeyFault, now: Instant) {
+        self.upstream
+            .health
+            .key_fault(fault, &self.upstream.policy, now);
+    }
+
+    fn with(mut self, leave: Option<Leave>) -> Result<Self, Refusal> {
+        match leave {
+            Some(Leave::Free) => {}
+            Some(Leave::Try(ticket)) => self.ticket = Some(ticket),
+            None => return Err(Refusal::Unavailable),
+        }
+        Ok(self)
     }
 
     /// Keeps a batch request's lease as long as the slot is held.
@@ -445,10 +648,14 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.upstream.load.in_flight.fetch_sub(1, SeqCst);
-        if let Some(ticket) = self.probe {
-            self.upstream.health.end_probe(ticket);
+        let Upstream { health, policy, .. } = &*self.upstream;
+        if *self.answering.get_mut() {
+            health.token_over(&self.model);
         }
+        if let Some(ticket) = self.ticket {
+            health.end_try(&self.model, ticket, policy, Instant::now());
+        }
+        self.upstream.load.in_flight.fetch_sub(1, SeqCst);
         drop(self.lease.take());
         // Last: whoever waits finds everything given back.
         self.upstream.load.wake();
@@ -619,15 +826,39 @@ pub(super) mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::upstreams::{connector_options, health::State};
+    use crate::upstreams::{State, connector_options};
 
     fn config(yaml: &str) -> config::Upstream {
         serde_yaml::from_str(yaml).unwrap()
     }
 
-    /// Builds an upstream without secrets.
+    fn build(
+        config: &config::Upstream,
+        secrets: &Secrets,
+        off: bool,
+        previous: Option<&Arc<Upstream>>,
+    ) -> Result<Arc<Upstream>, Vec<UpstreamError>> {
+        let policy = Policy::of(&config::Group::default(), config);
+        super::build(config, policy, secrets, off, previous)
+    }
+
+    /// Builds an upstream without secrets, in a group without settings.
     pub(crate) fn built(yaml: &str) -> Arc<Upstream> {
         build(&config(yaml), &Secrets::new(), false, None).unwrap()
+    }
+
+    /// Takes a slot whatever its health is.
+    pub(crate) fn acquire(upstream: &Arc<Upstream>) -> Option<Slot> {
+        upstream.try_acquire(&"m".into(), Instant::now())
+    }
+
+    /// Takes it down as a connect does that was refused.
+    pub(crate) fn refuse(upstream: &Upstream, now: Instant) {
+        upstream.unresolved(now, now);
+    }
+
+    fn admit(upstream: &Arc<Upstream>, now: Instant) -> Result<Slot, Refusal> {
+        upstream.try_admit(&"m".into(), now)
     }
 
     /// Builds the next configuration's upstream.
@@ -770,12 +1001,12 @@ pub(super) mod tests {
         );
         let upstream = build(&config, &Secrets::new(), true, None).unwrap();
         let now = Instant::now();
-        assert_eq!(upstream.health.state(now), State::Off);
-        assert_eq!(upstream.try_admit(now).unwrap_err(), Refusal::Unavailable);
+        assert_eq!(upstream.status(now).state, State::Off);
+        assert_eq!(admit(&upstream, now).unwrap_err(), Refusal::Unavailable);
         // The key appears: the next configuration switches it on.
         let secrets = secrets(&[("env:KEY", "sk-1"), ("env:T", "red")]);
         let on = build(&config, &secrets, false, Some(&upstream)).unwrap();
-        assert!(on.try_admit(now).is_ok());
+        assert!(admit(&on, now).is_ok());
     }
 
     #[test]
@@ -793,42 +1024,42 @@ pub(super) mod tests {
     #[test]
     fn a_changed_weight_keeps_what_is_under_way_and_a_changed_host_does_not() {
         let old = built("{ name: a, url: 'http://10.0.0.1', concurrent: 1 }");
-        let slot = old.try_acquire().unwrap();
-        old.health.not_sent(Instant::now());
+        let slot = acquire(&old).unwrap();
+        refuse(&old, Instant::now());
         let heavier = rebuilt(
-            "{ name: a, url: 'http://10.0.0.1', concurrent: 1, weight: 9 }",
+            "{ name: a, url: 'http://10.0.0.1', concurrent: 1, weight: 9, cooldown: 1m }",
             &old,
         );
         assert_eq!(heavier.in_flight(), 1);
-        assert!(heavier.try_acquire().is_none());
-        assert_eq!(heavier.health.state(Instant::now()), State::Down);
+        assert!(acquire(&heavier).is_none());
+        assert_eq!(heavier.status(Instant::now()).state, State::Down);
         drop(slot);
-        assert!(heavier.try_acquire().is_some());
+        assert!(acquire(&heavier).is_some());
         let moved = rebuilt("{ name: a, url: 'http://10.0.0.2', concurrent: 1 }", &old);
-        assert_eq!(moved.health.state(Instant::now()), State::Ready);
+        assert_eq!(moved.status(Instant::now()).state, State::Ready);
         assert_eq!(moved.addresses.all(), ["10.0.0.2:80".parse().unwrap()]);
     }
 
     #[test]
     fn a_probe_that_ends_without_a_word_lets_the_next_one_try() {
-        let upstream = built("{ name: a, url: 'http://10.0.0.1' }");
+        let upstream = built("{ name: a, url: 'http://10.0.0.1', check: { enabled: false } }");
         let start = Instant::now();
-        upstream.health.not_sent(start);
+        refuse(&upstream, start);
         let now = start + Duration::from_secs(2);
-        let slot = upstream.try_admit(now).unwrap();
+        let slot = admit(&upstream, now).unwrap();
         assert!(slot.is_probe());
-        assert_eq!(upstream.try_admit(now).unwrap_err(), Refusal::Unavailable);
+        assert_eq!(admit(&upstream, now).unwrap_err(), Refusal::Unavailable);
         assert_eq!(upstream.in_flight(), 1);
         drop(slot);
-        assert!(upstream.try_admit(now).is_ok());
+        assert!(admit(&upstream, now).is_ok());
     }
 
     #[test]
     fn a_refused_connection_takes_a_single_address_down() {
         let upstream = built("{ name: a, url: 'http://10.0.0.1' }");
         let now = Instant::now();
-        assert!(!upstream.not_sent(&upstream.peer().unwrap(), now));
-        assert_eq!(upstream.health.state(now), State::Down);
+        assert!(!upstream.not_sent(&upstream.peer().unwrap(), now, now));
+        assert_eq!(upstream.status(now).state, State::Down);
     }
 
     #[test]
@@ -838,7 +1069,7 @@ pub(super) mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..1000 {
-                        let slot = upstream.try_acquire();
+                        let slot = acquire(&upstream);
                         assert!(upstream.in_flight() <= 3);
                         drop(slot);
                     }

@@ -382,12 +382,14 @@ impl Seeker {
     }
 
     fn look_at(&self, pin: &Arc<Upstream>, now: Instant) -> Found {
-        match pin.try_admit(now) {
+        match pin.try_admit(&self.model, now) {
             Ok(slot) => Found::Slot(slot),
             Err(Refusal::Busy) => Found::Busy,
             Err(Refusal::Unavailable) if self.effort == Effort::Sensible => Found::Nobody,
-            Err(Refusal::Unavailable) if pin.health.is_off() => Found::Nobody,
-            Err(Refusal::Unavailable) => pin.try_acquire().map_or(Found::Busy, Found::Slot),
+            Err(Refusal::Unavailable) if pin.is_closed() => Found::Nobody,
+            Err(Refusal::Unavailable) => pin
+                .try_acquire(&self.model, now)
+                .map_or(Found::Busy, Found::Slot),
         }
     }
 
@@ -400,7 +402,7 @@ impl Seeker {
             Pick::Down(_) | Pick::Exhausted => {
                 match group.pick_any(&self.model, &self.tried, now) {
                     Some(slot) => Found::Slot(slot),
-                    None if self.useful().any(|upstream| !upstream.health.is_off()) => Found::Busy,
+                    None if self.useful().any(|upstream| !upstream.is_closed()) => Found::Busy,
                     None => Found::Nobody,
                 }
             }
@@ -516,7 +518,7 @@ mod tests {
 
     use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-    use super::*;
+    use super::{super::group::tests::cool, *};
     use crate::{
         config,
         upstreams::{Previous, Secrets},
@@ -658,18 +660,14 @@ mod tests {
         let group = group("g", TWO, &[]);
         let start = Instant::now();
         let a = slot(enter(&group, "a"));
-        group.upstreams[1]
-            .health
-            .cool(Some(Duration::from_secs(60)), start);
+        cool(&group.upstreams[1], 60, start);
         let waiting = place(enter(&group, "m"));
         waiting.look_again(start + Duration::from_secs(59));
         assert_eq!(waiting.position(), Some(1));
         waiting.look_again(start + Duration::from_secs(61));
         assert_eq!(&*told(waiting).upstream().name, "b");
         let waiting = place(enter(&group, "a"));
-        group.upstreams[0]
-            .health
-            .cool(Some(Duration::from_secs(600)), start);
+        cool(&group.upstreams[0], 600, start);
         waiting.look_again(start + Duration::from_secs(62));
         assert!(matches!(waiting.leave(), Some(Told::Nobody)));
         drop(a);
@@ -678,9 +676,7 @@ mod tests {
     #[test]
     fn who_insists_waits_for_what_is_down_but_never_goes_beyond_its_bound() {
         let group = group("g", ONE, &[]);
-        group.upstreams[0]
-            .health
-            .cool(Some(Duration::from_secs(60)), Instant::now());
+        cool(&group.upstreams[0], 60, Instant::now());
         assert!(matches!(enter(&group, "m"), Entered::Nobody));
         let pin = Some(Arc::clone(&group.upstreams[0]));
         for pin in [None, pin] {

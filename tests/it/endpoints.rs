@@ -273,6 +273,7 @@ async fn a_stream_of_responses_or_completions_that_breaks_ends_with_an_error_eve
     let completions = json!({"model": "demo", "prompt": "Hello", "stream": true});
     for fault in ["die_at=8", "error_at=8", "die_at=8;how=mid_chunk"] {
         gpu.fault(&format!("{fault};gap=5")).await.unwrap();
+        gateway.reset(None).await;
         for (path, body) in [
             ("/v1/responses", &responses),
             ("/v1/completions", &completions),

@@ -16,14 +16,17 @@ mod support;
 
 mod auth;
 mod bad_input;
+mod breaker;
 mod cli;
 mod connections;
+mod cooldown;
 mod edge;
 mod endpoints;
 mod failover;
 mod floors;
 mod h2_abuse;
 mod h2c;
+mod health_checks;
 mod hygiene;
 mod leaving;
 mod local;

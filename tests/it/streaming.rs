@@ -220,6 +220,7 @@ async fn a_stream_that_fails_before_its_first_token_is_never_seen() {
         "hang",
     ] {
         first.fault(fault).await.unwrap();
+        gateway.reset(None).await;
         let (before, after) = (first.records().len(), second.records().len());
         let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
         assert_whole(&answer);
@@ -500,6 +501,7 @@ async fn a_stream_that_dies_after_its_first_token_is_kept_and_ends_with_an_error
     ];
     for (fault, count, code) in faults {
         first.fault(fault).await.unwrap();
+        gateway.reset(None).await;
         let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
         assert_eq!(
             assert_broken_off(&answer),

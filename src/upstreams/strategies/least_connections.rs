@@ -51,12 +51,15 @@ struct Used {
 impl Used {
     fn of(upstream: &Upstream) -> Self {
         Self {
-            in_flight: upstream.in_flight().into(),
+            // One that comes back has a small weight, and would get the next
+            // request all the same while it has none: what it would have then
+            // counts.
+            in_flight: u64::from(upstream.in_flight()) + u64::from(upstream.is_ramping()),
             weight: upstream.weight().into(),
         }
     }
 
-    /// Both factors come from a u32, so a u64 holds the product.
+    /// A u32 and one, times a u32: a u64 holds the product.
     const fn less(self, other: Self) -> bool {
         self.in_flight * other.weight < other.in_flight * self.weight
     }
@@ -70,12 +73,10 @@ mod tests {
         super::tests::{count, picks, weighted},
         *,
     };
-    use crate::upstreams::upstream::Slot;
+    use crate::upstreams::upstream::{Slot, tests::acquire};
 
     fn hold(upstream: &Arc<Upstream>, slots: usize) -> Vec<Slot> {
-        (0..slots)
-            .map(|_| upstream.try_acquire().unwrap())
-            .collect()
+        (0..slots).map(|_| acquire(upstream).unwrap()).collect()
     }
 
     #[test]
@@ -120,7 +121,7 @@ mod tests {
         for _ in 0..400 {
             let name = picks(&strategy, &upstreams, 1);
             let index = usize::from(name == "b");
-            held.extend(upstreams[index].try_acquire());
+            held.extend(acquire(&upstreams[index]));
         }
         assert!((299..=301).contains(&upstreams[0].in_flight()));
     }

@@ -68,7 +68,10 @@ pub(super) mod tests {
     use std::collections::{HashMap, HashSet};
 
     use super::*;
-    use crate::{config, upstreams::upstream::build};
+    use crate::{
+        config,
+        upstreams::{Policy, upstream::build},
+    };
 
     /// Builds upstreams `a`, `b`, … of the given weights.
     pub(crate) fn weighted(weights: &[u32]) -> Vec<Arc<Upstream>> {
@@ -81,7 +84,8 @@ pub(super) mod tests {
                     weight,
                     ..config::Upstream::default()
                 };
-                build(&config, &HashMap::new(), false, None).unwrap()
+                let policy = Policy::of(&config::Group::default(), &config);
+                build(&config, policy, &HashMap::new(), false, None).unwrap()
             })
             .collect()
     }

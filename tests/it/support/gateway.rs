@@ -119,6 +119,35 @@ impl Gateway {
         post(self.admin, "/reload", &[], b"").await
     }
 
+    /// Makes it forget what it knows of its upstreams, or of one.
+    pub async fn reset(&self, upstream: Option<&str>) {
+        let path = match upstream {
+            Some(name) => format!("/upstreams/{name}/reset"),
+            None => "/upstreams/reset".to_owned(),
+        };
+        assert_eq!(post(self.admin, &path, &[], b"").await.status, 200);
+    }
+
+    /// The state of an upstream, with its reason: `down connect`.
+    pub async fn state(&self, upstream: &str) -> String {
+        let all = get(self.admin, "/upstreams").await.json();
+        let mut all = all["upstreams"].as_array().unwrap().iter();
+        let one = all.find(|one| one["name"] == upstream).unwrap();
+        let state = one["state"].as_str().unwrap();
+        match one["reason"].as_str() {
+            Some(reason) => format!("{state} {reason}"),
+            None => state.to_owned(),
+        }
+    }
+
+    /// Waits until an upstream is in a state.
+    pub async fn state_becomes(&self, upstream: &str, wanted: &str) {
+        eventually(&format!("{upstream} is {wanted}"), || async {
+            self.state(upstream).await == wanted
+        })
+        .await;
+    }
+
     /// The process.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -214,7 +243,29 @@ fn complete(yaml: &str, addr: SocketAddr, admin: SocketAddr) -> String {
     } else {
         format!("admin: {{ listen: \"{admin}\" }}\n")
     };
-    format!("listen: \"{addr}\"\n{admin}{plugins}{yaml}")
+    format!("listen: \"{addr}\"\n{admin}{plugins}{}", unasked(yaml))
+}
+
+/// Switches the health checks of every group off, unless the YAML says
+/// something of them: a test counts every connection and every request, and
+/// breaks servers that would then be known to be broken before it asks them.
+fn unasked(yaml: &str) -> String {
+    const OFF: &str = "check: { enabled: false }";
+    if yaml.contains("check:") {
+        return yaml.to_owned();
+    }
+    let mut asked = String::with_capacity(yaml.len() + 64);
+    for line in yaml.split_inclusive('\n') {
+        let trimmed = line.trim_start();
+        let indent = line.strip_suffix(trimmed).unwrap();
+        if trimmed.starts_with("upstreams:") {
+            asked.push_str(&format!("{indent}{OFF}\n{line}"));
+        } else {
+            let inline = format!("{{ {OFF}, upstreams: [");
+            asked.push_str(&line.replace("{ upstreams: [", &inline));
+        }
+    }
+    asked
 }
 
 fn collect(child: &mut Child) -> Arc<Mutex<String>> {

@@ -132,3 +132,15 @@ pub fn groups_in_order(groups: &[(&str, &[&Sim])]) -> String {
     ));
     yaml
 }
+
+/// The YAML of one group with these settings, each a line of YAML.
+pub fn group_with(keys: &[&str], sims: &[&Sim]) -> String {
+    let upstreams: Vec<String> = sims
+        .iter()
+        .map(|sim| upstream_at(sim.name(), &sim.url(), "kind: vllm"))
+        .collect();
+    let group = group_of("gpus", "", &upstreams);
+    let keys: String = keys.iter().map(|key| format!("    {key}\n")).collect();
+    let group = group.replace("    upstreams:", &format!("{keys}    upstreams:"));
+    format!("groups:\n{group}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n")
+}

@@ -1,0 +1,72 @@
+//! What people see of upstreams, and do to them: reset, drain, undrain.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    Json,
+    body::Body,
+    extract::{Path, State},
+    http::{Response, StatusCode},
+    response::IntoResponse,
+};
+use serde_json::{Value, json};
+
+use super::shape;
+use crate::{error::Error, gateway::Gateway, status};
+
+/// Every upstream with its state.
+pub(super) async fn list(State(gateway): State<Arc<Gateway>>) -> impl IntoResponse {
+    Json(json!({ "upstreams": status::upstreams(&gateway.snapshot()) }))
+}
+
+/// Forgets what is known of every upstream.
+pub(super) async fn reset_all(State(gateway): State<Arc<Gateway>>) -> impl IntoResponse {
+    let snapshot = gateway.snapshot();
+    for (_, upstream) in snapshot.upstreams() {
+        upstream.reset(Instant::now());
+    }
+    log::info!("upstreams reset by hand: all of them");
+    Json(json!({ "upstreams": status::upstreams(&snapshot) }))
+}
+
+/// Does something to one upstream.
+pub(super) async fn act(
+    State(gateway): State<Arc<Gateway>>,
+    Path((name, action)): Path<(String, String)>,
+) -> Response<Body> {
+    let snapshot = gateway.snapshot();
+    let found = snapshot.upstreams().find(|(_, one)| *one.name == *name);
+    let Some((_, upstream)) = found else {
+        let message = "no upstream has this name: see GET /upstreams";
+        let status = StatusCode::NOT_FOUND;
+        return shape(&Error::refused(status, "unknown_upstream", message));
+    };
+    let now = Instant::now();
+    match action.as_str() {
+        "reset" => upstream.reset(now),
+        "drain" => upstream.drain(true, now),
+        "undrain" if upstream.policy.drain => {
+            let message = "the configuration says drain: true";
+            let status = StatusCode::CONFLICT;
+            return shape(&Error::refused(status, "drained_by_configuration", message));
+        }
+        "undrain" => upstream.drain(false, now),
+        _ => {
+            let message = "expected reset, drain or undrain";
+            return shape(&Error::refused(
+                StatusCode::NOT_FOUND,
+                "unknown_action",
+                message,
+            ));
+        }
+    }
+    log::info!("upstream changed by hand: name={name} action={action}");
+    let all = status::upstreams(&snapshot);
+    let one: Vec<&Value> = all
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|one| one["name"] == *name)
+        .collect();
+    Json(json!({ "upstreams": one })).into_response()
+}
