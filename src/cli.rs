@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     config::{self, Loaded},
-    demo,
+    ctl, demo,
     gateway::{Gateway, catalog},
     logging,
     metrics::Metrics,
@@ -51,6 +51,16 @@ enum Command {
     /// Makes client keys for the auth plugin's keys file.
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Shows, resets, drains the upstreams of a running gateway.
+    Ctl {
+        #[command(subcommand)]
+        command: ctl::CtlCommand,
+        #[command(flatten)]
+        target: ctl::Target,
+        /// The configuration that the gateway runs with.
+        #[arg(short, long = "config", value_name = "FILE", global = true)]
+        config: Option<PathBuf>,
+    },
     /// Runs the gateway in front of three simulated model servers.
     Demo(demo::DemoOptions),
     /// Runs a simulated model server, for tests and load tests.
@@ -103,6 +113,15 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Key(KeyCommand::New { name }) => new_key(&name),
         Command::Key(KeyCommand::Hash) => hash_key(),
+        Command::Ctl {
+            command,
+            target,
+            config,
+        } => {
+            let file = find(&ConfigFile { config });
+            say(&ctl::run(&command, &target, file.as_deref())?)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Demo(options) => demo::run(&options),
         Command::Sim(options) => simulate(options),
     }

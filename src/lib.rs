@@ -18,7 +18,7 @@
 //!
 //! | floor | modules | what they are |
 //! |---|---|---|
-//! | 5 | `main`, [`cli`], `demo`, [`server`] | assemble the process |
+//! | 5 | `main`, [`cli`], `ctl`, `demo`, [`server`] | assemble the process |
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
@@ -72,6 +72,7 @@ pub mod cli;
 pub mod client_ip;
 pub mod config;
 pub mod context;
+mod ctl;
 mod demo;
 pub mod dialects;
 pub mod error;

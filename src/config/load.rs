@@ -11,7 +11,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    Catalog, Config, Problem, Problems, Secret, SecretRef, Upstream, check, marked,
+    Admin, Catalog, Config, Problem, Problems, Secret, SecretRef, Upstream, check, file, marked,
     places::Places,
     problem::{Mark, Report},
     resolve, schema, validate,
@@ -183,4 +183,27 @@ fn hex(bytes: &[u8]) -> String {
         write!(hex, "{byte:02x}").expect("a String takes any text");
         hex
     })
+}
+
+/// Reads of a configuration only where its admin listener is, whatever else may
+/// be wrong with it: for whoever wants to talk to the gateway that runs with it.
+///
+/// # Errors
+/// What is wrong, in one line.
+pub fn admin_of(path: &Path) -> Result<Admin, String> {
+    let name = path.display();
+    let most = u64::try_from(BYTES_MAX).unwrap_or(u64::MAX);
+    let text =
+        file::read_bounded(path, most).map_err(|why| format!("{name}: cannot be read: {why}"))?;
+    // The reason may repeat what stands there.
+    let unreadable = |what: &str| format!("{name}: {what}: forebay check -c {name} tells more");
+    let mut tree: serde_yaml::Value =
+        serde_yaml::from_slice(&text).map_err(|_why| unreadable("this is no YAML"))?;
+    tree.apply_merge()
+        .map_err(|_why| unreadable("this is no YAML"))?;
+    match tree.get("admin") {
+        Some(admin) => serde_yaml::from_value(admin.clone())
+            .map_err(|_why| unreadable("admin is not as expected")),
+        None => Ok(Admin::default()),
+    }
 }

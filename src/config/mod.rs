@@ -55,7 +55,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use limits::Limits;
-pub use load::{BUILT_IN, Loaded, built_in, load, parse};
+pub use load::{BUILT_IN, Loaded, admin_of, built_in, load, parse};
 pub use log::{Log, LogFormat, LogLevel};
 pub use plugin_entry::PluginEntry;
 pub use print::effective;

@@ -140,7 +140,7 @@ fn ask_of(native: Native, streamed: bool) -> Ask {
     let question = asked.last().map(|last| api::text_of(&last.content));
     // Ollama knows no tool_choice: a tool is called when its name is said.
     let named = native.tools.iter().flatten().find_map(|tool| {
-        let name = tool["function"]["name"].as_str()?;
+        let name = tool.get("function")?.get("name")?.as_str()?;
         let said = question.as_ref().is_some_and(|text| text.contains(name));
         said.then(|| json!({ "function": { "name": name } }))
     });

@@ -20,6 +20,7 @@ mod breaker;
 mod cli;
 mod connections;
 mod cooldown;
+mod ctl;
 mod edge;
 mod endpoints;
 mod failover;
