@@ -185,6 +185,12 @@ impl Connection {
         std::mem::take(&mut self.read)
     }
 
+    /// Reads the first bytes of whatever comes; none if the connection ends.
+    pub async fn rest_of_one(mut self) -> Vec<u8> {
+        soon("an answer or the end", self.more()).await;
+        std::mem::take(&mut self.read)
+    }
+
     /// Watches for a time whether the other side neither says anything nor
     /// closes.
     pub async fn stays_open(&mut self, time: std::time::Duration) -> bool {
