@@ -17,6 +17,7 @@ mod support;
 mod auth;
 mod bad_input;
 mod breaker;
+mod chaos;
 mod cli;
 mod connections;
 mod cooldown;
