@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Connections that say nothing, or one byte of a header at a time, on fresh connections and on
+"""Connections that say nothing, or a byte of a header now and then, on fresh connections and on
 kept ones: good traffic is served whole, the slow ones are cut in time."""
 
 import asyncio
@@ -48,7 +48,7 @@ class Slow(asyncio.Protocol):
 
     def drip(self, data=b"a"):
         self.transport.write(data)
-        self.timer = asyncio.get_running_loop().call_later(1, self.drip)
+        self.timer = asyncio.get_running_loop().call_later(2, self.drip)
 
     def connection_lost(self, _):
         if self.timer:
@@ -57,8 +57,9 @@ class Slow(asyncio.Protocol):
 
 
 async def body(run, given):
-    # A gateway takes no more connections than half of the files that it may open.
-    most_allowed = raise_fd_limit() // 2 - 100
+    # A gateway takes no more connections than half of the files that it may open; those that
+    # are cut and come back at once are, for a moment, two.
+    most_allowed = raise_fd_limit() * 45 // 100
     count, deadline = (500, 2.0) if given.short else (min(10_000, most_allowed), 10.0)
     sim = Sim(run, "gpu-1")
     config = one_group([upstream(sim)])
