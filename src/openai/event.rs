@@ -164,7 +164,8 @@ fn choice(cursor: &mut Cursor<'_>, facts: &mut Facts) -> bool {
             b"text" => content |= cursor.something(),
             b"finish_reason" => match cursor.skip() {
                 Some(b"\"error\"") => failed = true,
-                Some([b'"', ..]) => facts.finished = true,
+                // Some servers write "" for none.
+                Some([b'"', _, _, ..]) => facts.finished = true,
                 _ => {}
             },
             b"error" => failed |= is_error(cursor),
@@ -418,6 +419,8 @@ mod tests {
         assert!(facts.meaningful && facts.finished && facts.content_events == 0);
         let facts = facts_of_text(r#"{"choices":[{"text":"","finish_reason":"length"}]}"#);
         assert!(facts.meaningful && facts.finished);
+        let facts = chat(r#"{"choices":[{"delta":{"role":"assistant"},"finish_reason":""}]}"#);
+        assert!(!facts.meaningful && !facts.finished);
     }
 
     fn facts_of_text(data: &str) -> Facts {

@@ -74,7 +74,8 @@ impl<'a> Chunk<'a> {
                 b"text" => self.read_text(cursor),
                 b"logprobs" => self.blocked_by(cursor, Obstacle::Logprobs),
                 b"finish_reason" => {
-                    self.finished |= cursor.skip().is_some_and(|why| why.starts_with(b"\""));
+                    // Some servers write "" for none.
+                    self.finished |= matches!(cursor.skip(), Some([b'"', _, _, ..]));
                 }
                 _ => {
                     cursor.skip();

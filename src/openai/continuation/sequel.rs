@@ -197,7 +197,7 @@ impl Sequel {
             let member = object.find(choice, key)?;
             Some(member.value.of(choice))
         };
-        let finished = value("finish_reason").is_some_and(|reason| reason.first() == Some(&b'"'));
+        let finished = matches!(value("finish_reason"), Some([b'"', _, _, ..]));
         let mut edits = Vec::new();
         let mut emptied = false;
         if let Some(text) = value("text").and_then(|text| self.without_owed(text)) {
@@ -214,7 +214,12 @@ impl Sequel {
             if let Some(text) =
                 content.and_then(|content| self.without_owed(content.value.of(delta)))
             {
-                emptied = text.is_empty();
+                let others = members
+                    .members
+                    .iter()
+                    .filter(|member| !matches!(member.name(delta), b"content" | b"role"));
+                let more = others.map(|member| member.value.of(delta));
+                emptied = text.is_empty() && !more.into_iter().any(is_something);
                 inner.push(Edit::set_text("content", &text));
             }
             if let Some(delta) = splice(delta, &members, &inner) {

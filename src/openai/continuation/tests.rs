@@ -512,6 +512,33 @@ fn an_event_with_nothing_left_but_its_end_is_kept() {
 }
 
 #[test]
+fn what_comes_along_with_white_space_that_was_delivered_is_kept() {
+    let request = chat("");
+    let call = json!([{ "index": 0, "id": "c", "function": { "name": "f", "arguments": "{}" } }]);
+    for (key, value) in [("tool_calls", call), ("refusal", json!("no"))] {
+        let mut sequel = ask_of(&delivered(&request, &["one "]), &request).sequel;
+        let event = sequel.fit(next(&json!({ "content": " ", key: value })));
+        let event = event.unwrap().expect("there is more in it");
+        let delta = &data(&event)["choices"][0]["delta"];
+        assert_eq!((&delta["content"], &delta[key]), (&json!(""), &value));
+    }
+}
+
+#[test]
+fn an_empty_finish_reason_is_none() {
+    let request = chat("");
+    let mut partial = Partial::new(&request, 99);
+    let event = |id: &str, text: &str| {
+        frame(&format!(
+            r#"{{"id":"{id}","choices":[{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":""}}]}}"#
+        ))
+    };
+    take(&mut partial, &event("first-1", "one "));
+    let mut sequel = ask_of(&partial, &request).sequel;
+    assert_eq!(sequel.fit(event("other", " ")), Ok(None));
+}
+
+#[test]
 fn usage_is_summed() {
     let request = chat("");
     let mut sequel = ask_of(&delivered(&request, &["a", "b", "c"]), &request).sequel;
