@@ -211,12 +211,13 @@ impl<T> Queue<T> {
         key: &Key,
         class: Class,
         rules: Rules,
+        now: Instant,
     ) -> Result<Option<(T, Refused)>, Refused> {
         if rules.size == 0 {
-            return Err(self.refused(Reason::Full));
+            return Err(self.refused(Reason::Full, now));
         }
         if let Some(wait) = rules.wait {
-            let (ahead, expected) = self.expected(key, class);
+            let (ahead, expected) = self.expected(key, class, now);
             // The first in line is never turned away: it is who measures.
             if let Some(expected) = expected.filter(|expected| ahead > 0 && *expected > wait) {
                 return Err(Refused {
@@ -238,10 +239,10 @@ impl<T> Queue<T> {
                 .map(|lane| (class, lane))
         };
         let Some((of, (lane, _))) = victim else {
-            return Err(self.refused(reason));
+            return Err(self.refused(reason, now));
         };
         let Some((key, item)) = self.line_mut(of).remove_newest(lane) else {
-            return Err(self.refused(reason));
+            return Err(self.refused(reason, now));
         };
         // In its own class it lost its place to a key that has less. To a more
         // urgent one anybody may lose it.
@@ -250,7 +251,7 @@ impl<T> Queue<T> {
         } else {
             self.reason(&key, of, rules.size, Reason::Full)
         };
-        Ok(Some((item, self.refused(reason))))
+        Ok(Some((item, self.refused(reason, now))))
     }
 
     /// Puts one at the end of its key's line, and returns its ticket.
@@ -305,9 +306,9 @@ impl<T> Queue<T> {
 
     /// Returns when who is turned away now should come back: when those who
     /// wait now have been served.
-    pub fn retry_after(&self) -> Duration {
+    pub fn retry_after(&self, now: Instant) -> Duration {
         self.pace
-            .of(self.len(), 1)
+            .of(self.len(), 1, now)
             .map_or(RETRY_UNKNOWN, within_bounds)
     }
 
@@ -322,7 +323,7 @@ impl<T> Queue<T> {
 
     /// Returns how many would be ahead of a newcomer, and how long it would wait
     /// if that is known.
-    fn expected(&self, key: &Key, class: Class) -> (usize, Option<Duration>) {
+    fn expected(&self, key: &Key, class: Class, now: Instant) -> (usize, Option<Duration>) {
         let line = self.line(class);
         let own = line.lanes.iter().position(|lane| lane.key == *key);
         let (lane, nth) = match own {
@@ -330,7 +331,7 @@ impl<T> Queue<T> {
             None => (line.lanes.len(), 0),
         };
         let ahead = self.ahead(class, lane, nth);
-        (ahead, self.pace.of(ahead + 1, SAMPLES_MIN))
+        (ahead, self.pace.of(ahead + 1, SAMPLES_MIN, now))
     }
 
     /// Returns how many go before the `nth` of a lane.
@@ -359,10 +360,10 @@ impl<T> Queue<T> {
         }
     }
 
-    fn refused(&self, reason: Reason) -> Refused {
+    fn refused(&self, reason: Reason, now: Instant) -> Refused {
         Refused {
             reason,
-            retry_after: self.retry_after(),
+            retry_after: self.retry_after(now),
         }
     }
 
@@ -476,17 +477,31 @@ impl Pace {
     }
 
     fn step(&mut self, now: Instant) {
-        let since = self.since.replace(now).unwrap_or(now);
-        let sample = now.saturating_duration_since(since);
-        self.samples = (self.samples + 1).min(SAMPLES_MAX);
-        let weight = 1.0 / f64::from(self.samples);
-        self.between = self.between.mul_f64(1.0 - weight) + sample.mul_f64(weight);
+        (self.between, self.samples) = self.with(self.gap(now));
+        self.since = Some(now);
     }
 
-    /// Returns how long so many steps take, if at least `samples` are known.
-    fn of(&self, steps: usize, samples: u32) -> Option<Duration> {
+    /// Returns how long so many steps take, if at least `samples` are known. A
+    /// step that has taken longer than others by now counts as it is: a line
+    /// that has come to a stop does not move at the pace that it had.
+    fn of(&self, steps: usize, samples: u32, now: Instant) -> Option<Duration> {
         let steps = u32::try_from(steps).unwrap_or(u32::MAX);
-        (self.samples >= samples).then(|| self.between.saturating_mul(steps))
+        let (with_this_one, _) = self.with(self.gap(now));
+        let between = self.between.max(with_this_one);
+        (self.samples >= samples).then(|| between.saturating_mul(steps))
+    }
+
+    /// Returns the average with one sample more, and of how many it is one.
+    fn with(&self, sample: Duration) -> (Duration, u32) {
+        let samples = (self.samples + 1).min(SAMPLES_MAX);
+        let weight = 1.0 / f64::from(samples);
+        let between = self.between.mul_f64(1.0 - weight) + sample.mul_f64(weight);
+        (between, samples)
+    }
+
+    fn gap(&self, now: Instant) -> Duration {
+        let since = self.since.unwrap_or(now);
+        now.saturating_duration_since(since)
     }
 }
 
@@ -629,7 +644,7 @@ mod tests {
     #[test]
     fn a_line_of_no_length_takes_nobody() {
         let mut queue = Queue::<String>::default();
-        let refused = queue.make_room(&key("a"), Interactive, rules(0));
+        let refused = queue.make_room(&key("a"), Interactive, rules(0), Instant::now());
         assert_eq!(refused.unwrap_err().reason, Reason::Full);
     }
 
@@ -638,16 +653,16 @@ mod tests {
         let now = Instant::now();
         let (mut queue, _) = queue("a a a b", now);
         let (item, refused) = queue
-            .make_room(&key("c"), Interactive, rules(4))
+            .make_room(&key("c"), Interactive, rules(4), now)
             .unwrap()
             .unwrap();
         assert_eq!((item.as_str(), refused.reason), ("a3", Reason::FullForKey));
         queue.push(key("c"), Interactive, "c1".into(), now);
         // Now a has one more than the others: nothing would be gained.
-        let refused = queue.make_room(&key("b"), Interactive, rules(4));
+        let refused = queue.make_room(&key("b"), Interactive, rules(4), now);
         assert_eq!(refused.unwrap_err().reason, Reason::FullForKey);
         let (_, _) = queue
-            .make_room(&key("d"), Interactive, rules(4))
+            .make_room(&key("d"), Interactive, rules(4), now)
             .unwrap()
             .unwrap();
         queue.push(key("d"), Interactive, "d1".into(), now);
@@ -659,7 +674,7 @@ mod tests {
         let now = Instant::now();
         let reason = |names: &str, who: &str| {
             let (mut queue, _) = queue(names, now);
-            let refused = queue.make_room(&key(who), Interactive, rules(4));
+            let refused = queue.make_room(&key(who), Interactive, rules(4), now);
             refused.unwrap_err().reason
         };
         // Alone it may have all; that there are not more is ours.
@@ -675,14 +690,14 @@ mod tests {
         let (mut queue, _) = queue("a a a a", start);
         let mut reason = |now| {
             queue.came(&key("a"), now);
-            let refused = queue.make_room(&key("a"), Interactive, rules(4));
+            let refused = queue.make_room(&key("a"), Interactive, rules(4), now);
             refused.unwrap_err().reason
         };
         assert_eq!(reason(start), Reason::Full);
         queue.came(&key("b"), start);
         let mut reason = |now| {
             queue.came(&key("a"), now);
-            let refused = queue.make_room(&key("a"), Interactive, rules(4));
+            let refused = queue.make_room(&key("a"), Interactive, rules(4), now);
             refused.unwrap_err().reason
         };
         assert_eq!(reason(start), Reason::FullForKey);
@@ -698,12 +713,12 @@ mod tests {
         let now = Instant::now();
         let (mut queue, _) = queue("x/ x/ y/", now);
         let (item, _) = queue
-            .make_room(&key("a"), Interactive, rules(3))
+            .make_room(&key("a"), Interactive, rules(3), now)
             .unwrap()
             .unwrap();
         assert_eq!(item, "x/2");
         queue.push(key("a"), Interactive, "a1".into(), now);
-        assert!(queue.make_room(&key("z"), Batch, rules(3)).is_err());
+        assert!(queue.make_room(&key("z"), Batch, rules(3), now).is_err());
     }
 
     #[test]
@@ -714,34 +729,69 @@ mod tests {
             size: 100,
             wait: Some(ms(1500)),
         };
-        assert!(queue.make_room(&key("a"), Interactive, late).is_ok());
-        assert_eq!(queue.retry_after(), RETRY_UNKNOWN);
+        assert!(queue.make_room(&key("a"), Interactive, late, now).is_ok());
+        assert_eq!(queue.retry_after(now), RETRY_UNKNOWN);
         for _ in 0..4 {
             now += ms(500);
             next(&mut queue, now).unwrap();
         }
         // Four are left; the fifth would wait two and a half seconds.
-        let refused = queue.make_room(&key("a"), Interactive, late).unwrap_err();
+        let refused = queue
+            .make_room(&key("a"), Interactive, late, now)
+            .unwrap_err();
         assert_eq!(
             (refused.reason, refused.retry_after),
             (Reason::Late, ms(1000))
         );
-        assert_eq!(queue.retry_after(), ms(2000));
+        assert_eq!(queue.retry_after(now), ms(2000));
         // Another key's turn comes second.
-        assert!(queue.make_room(&key("b"), Interactive, late).is_ok());
+        assert!(queue.make_room(&key("b"), Interactive, late, now).is_ok());
         // Who has somewhere else to go may try.
-        assert!(queue.make_room(&key("a"), Interactive, rules(100)).is_ok());
+        assert!(
+            queue
+                .make_room(&key("a"), Interactive, rules(100), now)
+                .is_ok()
+        );
         // The first in line measures, whatever is expected.
         while next(&mut queue, now).is_some() {}
         let at_once = Rules {
             size: 100,
             wait: Some(ms(1)),
         };
-        assert!(queue.make_room(&key("a"), Interactive, at_once).is_ok());
+        assert!(
+            queue
+                .make_room(&key("a"), Interactive, at_once, now)
+                .is_ok()
+        );
         // What was known is forgotten after a pause.
         now += PACE_FORGOTTEN + ms(1);
         queue.push(key("a"), Interactive, "new".into(), now);
-        assert!(queue.make_room(&key("a"), Interactive, at_once).is_ok());
+        assert!(
+            queue
+                .make_room(&key("a"), Interactive, at_once, now)
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn a_line_that_has_come_to_a_stop_is_not_told_of_as_if_it_moved() {
+        let mut now = Instant::now();
+        let (mut queue, _) = queue("a a a a a a a a", now);
+        for _ in 0..4 {
+            now += ms(10);
+            next(&mut queue, now).unwrap();
+        }
+        assert_eq!(queue.retry_after(now), RETRY_MIN);
+        let soon = Rules {
+            size: 100,
+            wait: Some(ms(5000)),
+        };
+        assert!(queue.make_room(&key("b"), Interactive, soon, now).is_ok());
+        // Nobody was served for a minute: whatever the pace was, it is not now.
+        now += ms(60_000);
+        assert!(queue.retry_after(now) > Duration::from_secs(30));
+        let refused = queue.make_room(&key("b"), Interactive, soon, now);
+        assert_eq!(refused.unwrap_err().reason, Reason::Late);
     }
 
     #[test]
@@ -771,7 +821,7 @@ mod tests {
                     0..5 => {
                         let name = keys[rng.random_range(0..keys.len())];
                         let class = Class::ALL[usize::from(rng.random_bool(0.3))];
-                        match queue.make_room(&key(name), class, rules(SIZE)) {
+                        match queue.make_room(&key(name), class, rules(SIZE), now) {
                             Err(_) => assert_eq!(queue.len(), SIZE),
                             Ok(lost) => {
                                 if let Some((lost, _)) = lost {

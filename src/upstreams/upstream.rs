@@ -354,7 +354,9 @@ impl Upstream {
 
     /// Returns whether it would take one more request.
     pub fn has_free_slot(&self) -> bool {
-        self.in_flight() < self.load.most.load(Relaxed)
+        // In one order with the length of the line: who waits looks here after he
+        // has counted himself, and must not see what was before a slot was freed.
+        self.load.in_flight.load(SeqCst) < self.load.most.load(SeqCst)
     }
 
     /// Returns the secrets that are sent to it, to be kept out of what it says.

@@ -205,7 +205,13 @@ impl Waiting {
         match seeker.look(now) {
             Found::Nobody => return Entered::Nobody,
             Found::Slot(slot) => {
-                let wanted = |waiter: &Waiter| waiter.seeker.could_use(slot.upstream());
+                // What is kept from batch is not wanted by those of batch.
+                let class = seeker.class;
+                let wanted = |waiter: &Waiter| {
+                    let other = &waiter.seeker;
+                    (other.class == class || other.may_begin(now))
+                        && other.could_use(slot.upstream())
+                };
                 if !inside.queue.any(wanted) {
                     return Entered::Slot(slot);
                 }
@@ -215,7 +221,7 @@ impl Waiting {
             Found::Busy => {}
         }
         let class = seeker.class;
-        match inside.queue.make_room(&key, class, rules) {
+        match inside.queue.make_room(&key, class, rules, now) {
             Err(refused) => return Entered::Refused(refused),
             Ok(Some((waiter, refused))) => waiter.tell(Told::TurnedAway(refused)),
             Ok(None) => {}
@@ -315,15 +321,20 @@ impl Waiting {
         }
     }
 
-    /// Counts a batch request, unless that would take what is kept for
-    /// interactive ones: a fifth of all places, as long as some have come lately.
-    fn lease(self: &Arc<Self>, places: Option<u32>, now: Instant) -> Option<Lease> {
+    /// Returns how many batch requests may be worked on: all places but what is
+    /// kept for interactive ones, a fifth, as long as some have come lately.
+    fn batch_max(&self, places: Option<u32>, now: Instant) -> u32 {
         let last = self.interactive.load(Relaxed);
         let lately = last != 0 && self.secs(now).saturating_sub(last) <= RESERVED.as_secs();
-        let most = match places {
+        match places {
             Some(places) if lately && places > 1 => places - places.div_ceil(BATCH_EVERY),
             _ => u32::MAX,
-        };
+        }
+    }
+
+    /// Counts a batch request, if there may be one more.
+    fn lease(self: &Arc<Self>, places: Option<u32>, now: Instant) -> Option<Lease> {
+        let most = self.batch_max(places, now);
         self.batch
             .fetch_update(SeqCst, SeqCst, |now| (now < most).then_some(now + 1))
             .is_ok()
@@ -364,21 +375,31 @@ impl fmt::Debug for Lease {
 
 impl Seeker {
     fn look(&self, now: Instant) -> Found {
-        let lease = match self.class {
-            Class::Interactive => None,
-            Class::Batch => match self.group.waiting.lease(self.group.places(), now) {
-                Some(lease) => Some(lease),
-                None => return Found::Busy,
-            },
-        };
+        if !self.may_begin(now) {
+            return Found::Busy;
+        }
         let mut found = match &self.pin {
             Some(pin) => self.look_at(pin, now),
             None => self.look_around(now),
         };
-        if let (Found::Slot(slot), Some(lease)) = (&mut found, lease) {
-            slot.hold(lease);
+        if let (Class::Batch, Found::Slot(slot)) = (self.class, &mut found) {
+            // Not before there is a slot: a lease that is given back without
+            // one is told to nobody.
+            match self.group.waiting.lease(self.group.places(), now) {
+                Some(lease) => slot.hold(lease),
+                None => return Found::Busy,
+            }
         }
         found
+    }
+
+    /// Returns whether nothing is kept from its class now.
+    fn may_begin(&self, now: Instant) -> bool {
+        let line = &self.group.waiting;
+        match self.class {
+            Class::Interactive => true,
+            Class::Batch => line.batch.load(SeqCst) < line.batch_max(self.group.places(), now),
+        }
     }
 
     fn look_at(&self, pin: &Arc<Upstream>, now: Instant) -> Found {
@@ -489,8 +510,9 @@ impl Place {
 
     /// Returns when those who wait now will have been served.
     pub fn retry_after(&self) -> Duration {
+        let now = Instant::now();
         self.line
-            .locked(Instant::now(), |inside| inside.queue.retry_after())
+            .locked(now, |inside| inside.queue.retry_after(now))
     }
 }
 
@@ -743,6 +765,32 @@ mod tests {
         drop(told(waiting));
         drop(held);
         assert_eq!(group.waiting.batch.load(SeqCst), 0);
+    }
+
+    #[test]
+    fn a_place_that_is_kept_for_interactive_costs_no_batch_request_its_own() {
+        let two = ONE.replace("concurrent: 1", "concurrent: 2");
+        let group = group("g", &two, &[]);
+        drop(slot(enter(&group, "m")));
+        let enter_line_of_one = |class| {
+            let seeker = Seeker {
+                class,
+                ..seeker(&group, "m")
+            };
+            let rules = Rules {
+                size: 1,
+                wait: None,
+            };
+            let key = Key::Name("key".into());
+            group.waiting.enter(seeker, key, rules, Instant::now())
+        };
+        let _held = slot(enter_line_of_one(Class::Batch));
+        let waiting = place(enter_line_of_one(Class::Batch));
+        // The line is full, but who takes what is free does not stand in it.
+        let kept = slot(enter_line_of_one(Class::Interactive));
+        assert_eq!(waiting.position(), Some(1));
+        drop(kept);
+        assert_eq!(waiting.position(), Some(1));
     }
 
     #[test]
