@@ -3,7 +3,7 @@
 //! **Invariant:** a client cannot choose its own address: of `X-Forwarded-For`
 //! only what a trusted proxy has added is believed.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -37,6 +37,18 @@ pub fn client_ip<'a>(
         }
     }
     client
+}
+
+/// Returns what counts as one client: of IPv6 a /64, of which anybody gets at
+/// least one, with more addresses than there are stars.
+pub fn one_client(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => address,
+        IpAddr::V6(address) => {
+            let network = address.to_bits() & !u128::from(u64::MAX);
+            IpAddr::V6(Ipv6Addr::from_bits(network))
+        }
+    }
 }
 
 /// Reads an address with or without a port, IPv6 with or without brackets.

@@ -11,6 +11,7 @@ use http::StatusCode;
 
 use super::client::{Client, Left, Waited};
 use crate::{
+    client_ip::one_client,
     context::{Class, RequestContext},
     error::Error,
     metrics::Metrics,
@@ -41,6 +42,9 @@ pub(super) enum Patience {
     /// As long as the group's `queue` says, but if there is another group after
     /// this one, at most `spill_after`.
     Spill,
+    /// The same, but it is not turned away because its turn would come too late:
+    /// half an answer comes again until it has a place.
+    Rest,
     /// Until then: it has come back from the other groups.
     Until(Instant),
 }
@@ -80,8 +84,8 @@ impl Admission<'_> {
         let queue = config.resolved_queue();
         let whole = match (self.patience, class) {
             (Patience::Until(until), _) => until.saturating_duration_since(began),
-            (Patience::Spill, Class::Interactive) => queue.wait,
-            (Patience::Spill, Class::Batch) => queue.batch_wait,
+            (_, Class::Interactive) => queue.wait,
+            (_, Class::Batch) => queue.batch_wait,
         };
         let whole = whole.min(self.deadline.saturating_duration_since(began));
         let goes_on = self.next_group().is_some();
@@ -90,9 +94,10 @@ impl Admission<'_> {
         } else {
             whole
         };
+        let comes_again = goes_on || matches!(self.patience, Patience::Rest);
         let rules = Rules {
             size: queue.size,
-            wait: (!goes_on).then_some(wait),
+            wait: (!comes_again).then_some(wait),
         };
         let busy = |why: Why, retry_after| self.busy(class, why, retry_after, began + whole);
         let line = &self.step.group.waiting;
@@ -181,7 +186,7 @@ async fn wait_in_line(
 fn key(ctx: &RequestContext) -> Key {
     match &ctx.principal {
         Some(who) => Key::Name(std::sync::Arc::clone(&who.name)),
-        None => Key::Address(ctx.client_ip),
+        None => Key::Address(one_client(ctx.client_ip)),
     }
 }
 

@@ -3,12 +3,12 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
-use crate::{config::Config, logging::Seldom, metrics::Metrics};
+use crate::{client_ip::one_client, config::Config, logging::Seldom, metrics::Metrics};
 
 /// The count of the connections that clients have. One per process.
 #[derive(Debug)]
@@ -173,18 +173,6 @@ impl Drop for Admitted {
         }
         drop(open);
         self.connections.metrics.client_connections.dec();
-    }
-}
-
-/// Returns what counts as one client: of IPv6 a /64, of which anybody gets at
-/// least one, with more addresses than there are stars.
-fn one_client(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
-        IpAddr::V6(address) => {
-            let network = address.to_bits() & !u128::from(u64::MAX);
-            IpAddr::V6(Ipv6Addr::from_bits(network))
-        }
     }
 }
 

@@ -204,7 +204,7 @@ impl Exchange<'_> {
             while tries < self.limits.attempts && Instant::now() < self.deadline {
                 self.pass_over(step, ask);
                 let sought = self
-                    .seek(plan, step, Effort::Sensible, Patience::Spill, client)
+                    .seek(plan, step, Effort::Sensible, Patience::Rest, client)
                     .await?;
                 let slot = match sought {
                     Sought::Slot(slot) => slot,

@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use crate::support::{
     Answer, Connection, Gateway,
     by_hand::{ByHand, Call, delta},
-    chat, chat_stream, eventually, group_of, sim,
+    chat, chat_stream, eventually, group_of, sim, upstream_at,
 };
 
 const PATH: &str = "/v1/chat/completions";
@@ -439,6 +439,84 @@ async fn who_finds_no_help_in_the_next_group_comes_back_and_waits_on() {
     assert_eq!(serve(&upstream, first, 1).await, ["back"]);
     let answer = client.answer().await;
     assert_eq!((answer.status, answer.upstream()), (200, "gpu-1"));
+}
+
+#[tokio::test]
+async fn half_an_answer_never_comes_too_late_for_the_line() {
+    let (dying, busy) = (ByHand::listen().await, ByHand::listen().await);
+    let upstreams = [
+        upstream_at("gpu-1", &dying.url(), "kind: vllm, models: [demo]"),
+        upstream_at("gpu-2", &busy.url(), "kind: vllm, concurrent: 1"),
+    ];
+    let config = |wait: &str| {
+        let group = group_of("gpus", &format!("queue: {{ wait: {wait} }}"), &upstreams);
+        format!("groups:\n{group}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n")
+    };
+    let gateway = Gateway::start(&config("10m")).await;
+    let mut others = vec![send(&gateway, "holder", &[], &chat("other")).await];
+    let mut call = busy.accept().await;
+    for nth in 1..=6 {
+        others.push(send(&gateway, "other", &[], &chat("other")).await);
+        in_line(&gateway, "interactive", nth).await;
+    }
+    // After these the pace is known, and too slow for who comes now.
+    for _ in 0..4 {
+        answer(call).await;
+        call = busy.accept().await;
+    }
+    gateway.write_config(&config("1ms"));
+    assert_eq!(gateway.reload().await.status, 200);
+    let mut client = send(&gateway, "half", &[], &chat_stream("demo")).await;
+    let mut first = dying.accept().await;
+    let head = "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/event-stream\r\n\r\n";
+    first.send(format!("{head}{}", delta("Half"))).await;
+    client.read_until("Half").await;
+    drop(first);
+    let refused = |why: &str| {
+        format!(
+            "forebay_queue_refused_total{{class=\"interactive\",group=\"gpus\",reason=\"{why}\"}}"
+        )
+    };
+    eventually("it has stood in line", || async {
+        gateway.metric(&refused("timeout")).await >= Some(1.0)
+    })
+    .await;
+    assert_eq!(gateway.metric(&refused("late")).await, None);
+    for _ in 0..3 {
+        answer(call).await;
+        call = busy.accept().await;
+        if id(&call) == "half" {
+            break;
+        }
+    }
+    assert_eq!(id(&call), "half");
+    answer_stream(call).await;
+    assert_eq!(client.answer().await.content(), "HalfHi");
+}
+
+#[tokio::test]
+async fn addresses_of_one_network_of_ipv6_are_one_client() {
+    let upstream = ByHand::listen().await;
+    let yaml = one_slot(&upstream, "queue: { size: 2, wait: 10m }");
+    let yaml = format!("trusted_proxies: [127.0.0.0/8]\n{yaml}");
+    let gateway = Gateway::start(&yaml).await;
+    let from = async |id: &str, address: &str| {
+        let headers = [("x-forwarded-for", address)];
+        send(&gateway, id, &headers, &chat("demo")).await
+    };
+    let _holder = from("holder", "2001:db8::1").await;
+    let first = upstream.accept().await;
+    let _second = from("second", "2001:db8::2").await;
+    in_line(&gateway, "interactive", 1).await;
+    let mut third = from("third", "2001:db8::3").await;
+    in_line(&gateway, "interactive", 2).await;
+    let _other = from("other", "192.0.2.1").await;
+    let answer = third.answer().await;
+    assert_eq!(
+        (answer.status, answer.error_code().as_str()),
+        (429, "queue_full_for_key")
+    );
+    assert_eq!(serve(&upstream, first, 2).await, ["second", "other"]);
 }
 
 #[tokio::test]
