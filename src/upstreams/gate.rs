@@ -26,6 +26,7 @@ pub(super) struct Gate {
 
 #[derive(Debug)]
 struct Shut {
+    since: Instant,
     until: Instant,
     /// The ticket of who tries; 0 is nobody.
     ticket: u64,
@@ -76,6 +77,7 @@ impl Gate {
             .min(pauses.longest);
         self.times = self.times.saturating_add(1);
         self.shut = Some(Shut {
+            since: now,
             until: now + pause,
             ticket: 0,
         });
@@ -86,6 +88,13 @@ impl Gate {
     pub(super) fn open(&mut self) -> bool {
         self.times = 0;
         self.shut.take().is_some()
+    }
+
+    /// Opens it for what came of a request that began at `began`; returns whether
+    /// it was shut. One that began before it was shut is old news: its answer was
+    /// on the way when the server went away.
+    pub(super) fn open_by(&mut self, began: Instant) -> bool {
+        self.shut.as_ref().is_some_and(|shut| began >= shut.since) && self.open()
     }
 
     /// Notes who tries.
@@ -134,6 +143,17 @@ mod tests {
         let shut = (0..100).filter(|_| gate.shut(PAUSES, now)).count();
         assert_eq!(shut, 1);
         assert!(gate.wait(now) <= Duration::from_millis(1210));
+    }
+
+    #[test]
+    fn what_began_before_it_was_shut_does_not_open_it() {
+        let (mut gate, start) = (Gate::default(), Instant::now());
+        let now = start + Duration::from_secs(1);
+        gate.shut(PAUSES, now);
+        assert!(!gate.open_by(start));
+        assert!(gate.is_shut());
+        assert!(gate.open_by(now));
+        assert!(!gate.open_by(now));
     }
 
     #[test]

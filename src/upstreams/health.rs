@@ -325,11 +325,11 @@ impl Health {
         });
     }
 
-    /// Notes that it answers, whatever it says.
-    pub(super) fn reached(&self, policy: &Policy, now: Instant) {
+    /// Notes that it answers a request that began at `began`, whatever it says.
+    pub(super) fn reached(&self, policy: &Policy, began: Instant, now: Instant) {
         if self.troubled.load(SeqCst) {
             self.change(policy, now, |inner| {
-                if inner.link.open() {
+                if inner.link.open_by(began) {
                     inner.recover(now);
                 }
             });
@@ -337,10 +337,10 @@ impl Health {
     }
 
     /// Notes that it accepted the credential, whatever it says.
-    pub(super) fn accepted(&self, policy: &Policy, now: Instant) {
+    pub(super) fn accepted(&self, policy: &Policy, began: Instant, now: Instant) {
         if self.troubled.load(SeqCst) {
             self.change(policy, now, |inner| {
-                if inner.link.open() | inner.key.open() {
+                if inner.link.open_by(began) | inner.key.open_by(began) {
                     inner.recover(now);
                 }
             });
@@ -349,7 +349,7 @@ impl Health {
 
     /// Notes the first token of a request that began at `began`.
     pub(super) fn token(&self, model: &Arc<str>, policy: &Policy, began: Instant, now: Instant) {
-        self.accepted(policy, now);
+        self.accepted(policy, began, now);
         let mut inner = self.lock();
         inner.last_good = Some(now);
         if let Some(rules) = &policy.breaker {
@@ -383,7 +383,7 @@ impl Health {
                 changed = true;
             }
         }
-        if inner.link.open() | inner.checks.open() | inner.key.open() {
+        if inner.link.open_by(began) | inner.checks.open_by(began) | inner.key.open_by(began) {
             inner.recover(now);
             changed = true;
         }
@@ -1042,7 +1042,7 @@ mod tests {
             bench.later(most);
             assert!(matches!(bench.admit("m"), Some(Leave::Try(_))));
             assert_eq!(bench.admit("m"), None);
-            bench.health.accepted(&bench.policy, bench.now);
+            bench.health.accepted(&bench.policy, bench.now, bench.now);
             assert_eq!(bench.state(), (State::Ready, Reason::None));
         }
     }

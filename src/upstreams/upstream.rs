@@ -565,12 +565,14 @@ impl Slot {
 
     /// Notes that the upstream answers, whatever it says.
     pub fn reached(&self, now: Instant) {
-        self.upstream.health.reached(&self.upstream.policy, now);
+        let Upstream { health, policy, .. } = &*self.upstream;
+        health.reached(policy, self.since, now);
     }
 
     /// Notes that it accepted our credential, whatever it says.
     pub fn accepted(&self, now: Instant) {
-        self.upstream.health.accepted(&self.upstream.policy, now);
+        let Upstream { health, policy, .. } = &*self.upstream;
+        health.accepted(policy, self.since, now);
     }
 
     /// Notes the first token of a stream; more may come.
