@@ -285,16 +285,31 @@ fn tools(body: &mut Map<String, Value>) -> Option<Vec<Value>> {
     match &choice {
         Some(Value::String(word)) if word == "none" => return None,
         Some(Value::Object(one)) => {
-            let function = one
-                .get("function")
-                .and_then(Value::as_object)
-                .unwrap_or(one);
-            let name = function.get("name").and_then(Value::as_str);
-            tools.retain(|tool| name_of(tool) == name);
+            let allowed = allowed_by(one);
+            if !allowed.is_empty() {
+                tools.retain(|tool| name_of(tool).is_some_and(|name| allowed.contains(&name)));
+            }
         }
         _ => {}
     }
     (!tools.is_empty()).then_some(tools)
+}
+
+/// The tools that a choice names, one or several; none if it names no tool.
+fn allowed_by(choice: &Map<String, Value>) -> Vec<&str> {
+    let list = choice
+        .get("allowed_tools")
+        .and_then(|allowed| allowed.get("tools"))
+        .and_then(Value::as_array);
+    if let Some(list) = list {
+        return list.iter().filter_map(name_of).collect();
+    }
+    let function = choice
+        .get("function")
+        .and_then(Value::as_object)
+        .unwrap_or(choice);
+    let name = function.get("name").and_then(Value::as_str);
+    name.into_iter().collect()
 }
 
 fn as_tool(function: Value) -> Value {

@@ -14,7 +14,7 @@ use crate::dialects::{Call, Unsupported};
 
 pub(super) fn encode(call: &Call<'_>, mut body: Map<String, Value>) -> Result<Draft, Unsupported> {
     let texts: Vec<String> = match take(&mut body, "input") {
-        Some(Value::String(text)) => vec![text],
+        Some(one @ Value::String(_)) => vec![text(one)?],
         Some(Value::Array(list)) => list.into_iter().map(text).collect::<Result<_, _>>()?,
         _ => return Err(no_text()),
     };
@@ -65,11 +65,15 @@ pub(super) fn encode(call: &Call<'_>, mut body: Map<String, Value>) -> Result<Dr
 
 fn text(item: Value) -> Result<String, Unsupported> {
     match item {
-        Value::String(text) => Ok(text),
+        // Of an empty text Ollama makes no embedding.
+        Value::String(text) if !text.is_empty() => Ok(text),
         _ => Err(no_text()),
     }
 }
 
 fn no_text() -> Unsupported {
-    Unsupported::param("input", "this model server takes texts, and no token ids")
+    Unsupported::param(
+        "input",
+        "this model server takes texts that are not empty, and no token ids",
+    )
 }

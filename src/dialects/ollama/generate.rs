@@ -17,6 +17,12 @@ pub(super) fn encode(call: &Call<'_>, mut body: Map<String, Value>) -> Result<Dr
             "this model server gives one answer only",
         ));
     }
+    if take(&mut body, "echo") == Some(Value::Bool(true)) {
+        return Err(Unsupported::param(
+            "echo",
+            "this model server does not repeat the prompt",
+        ));
+    }
     let prompt = match take(&mut body, "prompt") {
         Some(Value::String(prompt)) => prompt,
         Some(Value::Array(mut prompts)) if prompts.len() == 1 => match prompts.pop() {
@@ -25,6 +31,10 @@ pub(super) fn encode(call: &Call<'_>, mut body: Map<String, Value>) -> Result<Dr
         },
         _ => return Err(not_one_text()),
     };
+    // With an empty prompt, Ollama loads the model and answers nothing.
+    if prompt.is_empty() {
+        return Err(not_one_text());
+    }
     let suffix = take(&mut body, "suffix").and_then(|suffix| match suffix {
         Value::String(suffix) => Some(suffix),
         _ => None,
@@ -53,5 +63,8 @@ pub(super) fn encode(call: &Call<'_>, mut body: Map<String, Value>) -> Result<Dr
 }
 
 fn not_one_text() -> Unsupported {
-    Unsupported::param("prompt", "this model server takes one prompt, as text")
+    Unsupported::param(
+        "prompt",
+        "this model server takes one prompt, as text that is not empty",
+    )
 }

@@ -266,6 +266,11 @@ fn tools_are_passed_on_as_the_choice_wants() {
     assert_eq!(sent(json!("none")), Value::Null);
     let named = json!({ "type": "function", "function": { "name": "b" } });
     assert_eq!(sent(named), json!([tool("b")]));
+    let some = json!({ "type": "allowed_tools", "allowed_tools": {
+        "mode": "auto", "tools": [{ "type": "function", "function": { "name": "a" } }],
+    } });
+    assert_eq!(sent(some), json!([tool("a")]));
+    assert_eq!(sent(json!({ "type": "auto" })), both);
     let old = chat(json!({ "functions": [{ "name": "f" }] }));
     assert_eq!(
         old["tools"],
@@ -336,13 +341,19 @@ fn completions_go_to_generate() {
             "options": { "num_predict": 9, "num_ctx": 2048 }, "stream": false,
         })
     );
-    for prompt in [json!([1, 2]), json!(["a", "b"])] {
+    // An empty prompt would load the model, and answer nothing.
+    for prompt in [json!([1, 2]), json!(["a", "b"]), json!(""), json!([""])] {
         let body = json!({ "model": "m", "prompt": prompt });
         assert_eq!(
             refused(Endpoint::Completions, &body),
             (400, Some("prompt".to_owned()))
         );
     }
+    let body = json!({ "model": "m", "prompt": "x", "echo": true });
+    assert_eq!(
+        refused(Endpoint::Completions, &body),
+        (400, Some("echo".to_owned()))
+    );
 }
 
 #[test]
@@ -359,11 +370,14 @@ fn embeddings_go_to_embed_and_are_never_cut() {
             "options": { "num_ctx": 2048 },
         })
     );
-    let body = json!({ "model": "m", "input": [1, 2, 3] });
-    assert_eq!(
-        refused(Endpoint::Embeddings, &body),
-        (400, Some("input".to_owned()))
-    );
+    // Of an empty text Ollama makes no embedding at all.
+    for input in [json!([1, 2, 3]), json!(""), json!(["a", ""])] {
+        let body = json!({ "model": "m", "input": input });
+        assert_eq!(
+            refused(Endpoint::Embeddings, &body),
+            (400, Some("input".to_owned()))
+        );
+    }
 }
 
 #[test]
