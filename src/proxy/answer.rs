@@ -2,7 +2,8 @@
 //!
 //! The client sees nothing until the last byte is in, so an upstream that dies
 //! in the middle, or whose 200 holds an error, costs the client nothing but
-//! time: the exchange goes on with the next.
+//! time: the exchange goes on with the next. And a client that reads slowly
+//! keeps no place at the upstream: that is done when the answer is in.
 
 use std::time::Instant;
 
@@ -105,6 +106,7 @@ impl Attempt<'_> {
                 }
                 let mut stream = event_stream(head.headers);
                 stream.headers.remove(header::CONTENT_LENGTH);
+                self.slot.free();
                 client.send_head(stream, None).await?;
                 client.finish(out.freeze()).await?;
             }
@@ -113,6 +115,7 @@ impl Attempt<'_> {
                 return Ok(Tried::Failed(Failure::new(Verdict::Failed, cause)));
             }
             None => {
+                self.slot.free();
                 client.send_head(head, Some(body.len())).await?;
                 client.finish(body).await?;
             }

@@ -70,7 +70,7 @@ pub(super) struct Attempt<'a> {
     pub(super) step: &'a Step,
     pub(super) upstream: &'a Arc<Upstream>,
     /// Its place there: what comes of the try is reported to it.
-    pub(super) slot: &'a Slot,
+    pub(super) slot: &'a mut Slot,
     /// When the exchange must have committed.
     pub(super) deadline: Instant,
     /// The number of this try, from 1.

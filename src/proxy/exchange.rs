@@ -345,7 +345,7 @@ impl<'a> Exchange<'a> {
     pub(super) async fn try_one(
         &mut self,
         step: &Step,
-        slot: Slot,
+        mut slot: Slot,
         client: &mut Client<'_>,
     ) -> Result<Next, Left> {
         let upstream = Arc::clone(slot.upstream());
@@ -366,13 +366,14 @@ impl<'a> Exchange<'a> {
             limits: self.limits,
             step,
             upstream: &upstream,
-            slot: &slot,
+            slot: &mut slot,
             deadline: self.deadline,
             number,
             told: self.told.take(),
         };
-        // The slot is held to the end of this function: who gets it next must not
-        // go to an upstream of which it is not yet noted that it is down.
+        // Unless it was freed behind a good answer, the slot is held to the end of
+        // this function: who gets it next must not go to an upstream of which it
+        // is not yet noted that it is down.
         let tried = Box::pin(attempt.run(self.connector, client)).await;
         self.told = attempt.told.take();
         let note = |verdict, status: Option<StatusCode>, maybe_billed| context::Attempt {

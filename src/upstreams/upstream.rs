@@ -122,6 +122,8 @@ pub struct Slot {
     /// The leave to retry, if the request is one.
     pass: Option<Pass>,
     lease: Option<Lease>,
+    /// Whether the place was given back before its holder was done.
+    freed: bool,
 }
 
 /// Why an upstream does not take a request now.
@@ -427,6 +429,7 @@ impl Upstream {
                 answered: AtomicBool::new(false),
                 pass: None,
                 lease: None,
+                freed: false,
             })
     }
 
@@ -644,6 +647,19 @@ impl Slot {
         Ok(self)
     }
 
+    /// Gives the place to whoever waits for it although its holder is not done:
+    /// the upstream is, and the rest is for the client to read. The first call
+    /// counts.
+    pub fn free(&mut self) {
+        if std::mem::replace(&mut self.freed, true) {
+            return;
+        }
+        self.upstream.load.in_flight.fetch_sub(1, SeqCst);
+        drop(self.lease.take());
+        // Last: whoever waits finds everything given back.
+        self.upstream.load.wake();
+    }
+
     /// Keeps a batch request's lease as long as the slot is held.
     pub(super) fn hold(&mut self, lease: Lease) {
         self.lease = Some(lease);
@@ -659,10 +675,7 @@ impl Drop for Slot {
         if let Some(ticket) = self.ticket {
             health.end_try(&self.model, ticket, policy, Instant::now());
         }
-        self.upstream.load.in_flight.fetch_sub(1, SeqCst);
-        drop(self.lease.take());
-        // Last: whoever waits finds everything given back.
-        self.upstream.load.wake();
+        self.free();
     }
 }
 

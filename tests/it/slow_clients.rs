@@ -13,7 +13,7 @@ use crate::support::{
     by_hand::{ByHand, STREAM_HEAD, delta, group_of},
     chat, chat_stream,
     http::{build, post_chat},
-    one_group, sim, soon,
+    one_group, sim, soon, upstream_at,
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -197,6 +197,37 @@ async fn a_client_that_does_not_read_stops_the_upstream_within_little() {
     assert!(taken < 1 << 20, "{taken} bytes were taken");
     client.reset();
     call.closed().await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_its_whole_answer_keeps_no_upstream_from_others() {
+    let upstream = ByHand::listen().await;
+    let one = upstream_at("gpu-1", &upstream.url(), "kind: vllm, concurrent: 1");
+    let gateway = Gateway::start(&format!(
+        "groups:\n  gpus:\n    upstreams:\n{one}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n"
+    ))
+    .await;
+    let mut deaf = Connection::open_narrow(gateway.addr).await;
+    deaf.request("POST", CHAT, &[], chat("demo").as_bytes())
+        .await;
+    let mut call = upstream.accept().await;
+    let of = |text: &str| {
+        let whole = format!(
+            r#"{{"choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}}}}]}}"#
+        );
+        crate::support::scripted::json(200, &whole)
+    };
+    call.send(of(&"x".repeat(20_000_000))).await;
+    drop(call);
+    let mut other = Connection::open(gateway.addr).await;
+    other
+        .request("POST", CHAT, &[], chat("demo").as_bytes())
+        .await;
+    let mut call = upstream.accept().await;
+    call.send(of("two")).await;
+    assert_eq!(other.answer().await.content(), "two");
+    // It still has its answer before it.
+    deaf.read_until("xxx").await;
 }
 
 #[tokio::test]
