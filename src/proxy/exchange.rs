@@ -78,6 +78,8 @@ pub(super) struct Exchange<'a> {
     pub(super) deadline: Instant,
     /// The last failure of an upstream that was reached.
     last_answer: Option<Failure>,
+    /// The tries at upstreams whose dialect has no words for the request.
+    unsupported: Vec<Failure>,
     /// Whether the one failover after a try that may have been billed is used.
     ambiguous_used: bool,
     affinity: u64,
@@ -129,6 +131,7 @@ impl<'a> Exchange<'a> {
             limits,
             deadline,
             last_answer: None,
+            unsupported: Vec::new(),
             ambiguous_used: false,
             affinity,
             tried: Vec::new(),
@@ -440,6 +443,11 @@ impl<'a> Exchange<'a> {
 
     fn after_failure(&mut self, step: &Step, failure: Failure) -> Next {
         let ambiguous = failure.is_ambiguous();
+        if failure.unsupported.is_some() {
+            // It was not asked: that says nothing of those who were.
+            self.unsupported.push(failure);
+            return Next::Group;
+        }
         if failure.verdict != Verdict::NotSent {
             self.last_answer = Some(failure);
         }
@@ -555,10 +563,34 @@ impl<'a> Exchange<'a> {
         {
             return error;
         }
-        if self.ctx.attempts.is_empty() {
-            return nobody_asked(plan);
+        if self.ctx.attempts.len() > self.unsupported.len() {
+            return verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, &plan.model);
         }
-        verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, &plan.model)
+        match self.unsupported.pop() {
+            Some(failure) if !self.others_are_away(plan) => {
+                verdict::give_up(Some(&failure), RETRY_AFTER, &plan.model)
+            }
+            _ => nobody_asked(plan),
+        }
+    }
+
+    /// Returns whether somebody was left alone who might have had words for the
+    /// request: then it is not the request that is to be changed.
+    fn others_are_away(&self, plan: &Plan) -> bool {
+        let now = Instant::now();
+        let was_tried = |upstream: &Upstream| {
+            let mut attempts = self.ctx.attempts.iter();
+            attempts.any(|attempt| attempt.upstream == upstream.name)
+        };
+        plan.pin.is_none()
+            && plan.steps.iter().any(|step| {
+                step.group.upstreams.iter().any(|upstream| {
+                    upstream.serves(&step.model)
+                        && !upstream.is_closed()
+                        && upstream.status(now).reason != Reason::None
+                        && !was_tried(upstream)
+                })
+            })
     }
 }
 

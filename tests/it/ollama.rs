@@ -531,6 +531,34 @@ async fn what_ollama_cannot_be_told_goes_to_who_can_be_told() {
 }
 
 #[tokio::test]
+async fn what_only_the_others_could_be_told_is_not_the_clients_fault_while_they_are_away() {
+    let gpu = sim("gpu-1").await;
+    gpu.stop().await;
+    let ollama = Scripted::by_target(&[]).await;
+    let busy = ByHand::listen().await;
+    let yaml = format!(
+        "groups:\n  away:\n    upstreams:\n{}  busy:\n    queue: {{ size: 0 }}\n    upstreams:\n{}  ollama:\n    upstreams:\n{}routes:\n  - {{ model: away, groups: [away], fallback: ollama }}\n  - {{ model: busy, groups: [busy], fallback: ollama }}\n",
+        upstream_at("gpu-1", &gpu.url(), "kind: vllm"),
+        upstream_at("gpu-2", &busy.url(), "kind: vllm, concurrent: 1"),
+        upstream_at("ollama", &ollama.url(), "dialect: ollama"),
+    );
+    let gateway = Gateway::start(&yaml).await;
+    let mut first = Connection::open(gateway.addr).await;
+    first
+        .request("POST", "/v1/chat/completions", &[], chat("busy").as_bytes())
+        .await;
+    let _call = busy.accept().await;
+    for model in ["away", "away", "busy"] {
+        let body =
+            json!({ "model": model, "n": 2, "messages": [{ "role": "user", "content": "x" }] });
+        let answer = ask(&gateway, "/v1/chat/completions", &body).await;
+        assert!(matches!(answer.status, 429 | 503), "{}", answer.text());
+        assert!(answer.header("retry-after").is_some(), "{model}");
+    }
+    assert_eq!(ollama.asked(), 0);
+}
+
+#[tokio::test]
 async fn an_error_line_before_the_first_token_costs_the_client_nothing() {
     let failing = Scripted::by_target(&[(
         "/api/chat",
