@@ -378,7 +378,7 @@ impl Gateway {
                     .with_label_values(&[names[0], names[1], phase])
                     .inc();
             }
-            let state = upstream.status(now).state;
+            let state = upstream.shown(now).state;
             for each in State::ALL {
                 metrics
                     .upstream_state

@@ -26,7 +26,7 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
     let upstreams: Vec<_> = snapshot
         .upstreams()
         .map(|(group, upstream)| {
-            let status = upstream.status(now);
+            let status = upstream.shown(now);
             json!({
                 "name": &*upstream.name,
                 "group": &*group.name,
@@ -96,7 +96,7 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
 pub fn upstreams(snapshot: &Snapshot) -> Value {
     let now = Instant::now();
     let upstreams = snapshot.upstreams().map(|(group, upstream)| {
-        let status = upstream.status(now);
+        let status = upstream.shown(now);
         let breakers = upstream.health.breakers(now).into_iter();
         let breakers: Vec<_> = breakers
             .map(|(model, phase, wait)| {

@@ -38,7 +38,7 @@ use super::{
     health::{Health, KeyFault, Leave},
     policy::Policy,
     resolve::{Addresses, Unresolved},
-    state::Status,
+    state::{State, Status},
     tls::Authorities,
     url::BaseUrl,
     waiting::{Lease, Waiting},
@@ -309,6 +309,17 @@ impl Upstream {
     /// Returns what it is good for, and why.
     pub fn status(&self, now: Instant) -> Status {
         self.health.status(&self.policy, now)
+    }
+
+    /// Returns what people are shown: as [`Self::status`], and that it loads a
+    /// model behind a request that waits for it. Such an upstream is in order
+    /// and takes requests, so nothing is decided by this.
+    pub fn shown(&self, now: Instant) -> Status {
+        let mut status = self.status(now);
+        if status.state.serves() && self.contexts.is_loading() {
+            status.state = State::Loading;
+        }
+        status
     }
 
     /// Returns whether it gets nothing new at all: it is off, or draining.
@@ -843,7 +854,7 @@ pub(super) mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::upstreams::{State, connector_options};
+    use crate::upstreams::connector_options;
 
     fn config(yaml: &str) -> config::Upstream {
         serde_yaml::from_str(yaml).unwrap()

@@ -397,12 +397,20 @@ async fn a_model_that_is_being_loaded_is_waited_for_and_told_of() {
     let mut call = ollama.accept().await;
     // No header until it is loaded.
     gateway.logged("model is being loaded").await;
+    let state = |state| {
+        format!("forebay_upstream_state{{group=\"ollama\",state=\"{state}\",upstream=\"ollama\"}}")
+    };
+    gateway.metric_becomes(&state("loading"), 1.0).await;
+    let health = get(gateway.addr, "/health").await.json();
+    assert_eq!(health["upstreams"][0]["state"], "loading");
+    assert_eq!(health["status"], "ok");
     call.send(lines(&[said("at last"), done()])).await;
     let answer = client.answer().await;
     assert_eq!((answer.status, answer.content().as_str()), (200, "at last"));
     assert_eq!(answer.header("x-forebay-attempts"), Some("1"));
     let failed = r#"forebay_attempts_total{group="ollama",upstream="ollama",verdict="timed_out"}"#;
     assert_eq!(gateway.metric(failed).await, None);
+    gateway.metric_becomes(&state("ready"), 1.0).await;
 }
 
 // --- what goes wrong ---
