@@ -33,7 +33,7 @@ SECRETS = {
     "a prompt": "canary-prompt-0be6f2a977",
 }
 # A machine that is busy with other things may stop us this long.
-SLACK = 1.0
+SLACK = 2.0
 
 
 # --- processes ---
@@ -502,7 +502,9 @@ class Run:
 
     def note(self, ask, answer):
         """Keeps of an answer what the invariants need."""
-        self.answered.append((ask.request_id, answer.status))
+        # Who is turned away at the door has no access line: nobody has read its request.
+        if b'"too_many_connections"' not in answer.body:
+            self.answered.append((ask.request_id, answer.status))
         text = answer.body + repr(answer.headers).encode()
         self.leaks.update(name for name, value in SECRETS.items() if value.encode() in text)
 
