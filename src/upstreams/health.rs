@@ -2,7 +2,7 @@
 //!
 //! Nothing here asks the upstream anything. The exchange reports what came of
 //! its requests, the [`check`](super::check) what came of its probes, people
-//! what they want; [`Health::says`] tells whether a request may go.
+//! what they want; `Health::says` tells whether a request may go.
 //!
 //! | what keeps requests away | set by | ended by |
 //! |---|---|---|
