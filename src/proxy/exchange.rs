@@ -44,9 +44,12 @@ use crate::{
 /// First and longest wait before the same upstream is asked again.
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(8);
-/// How long a request waits for a retry of another to end, where the budget of
-/// the group allows no more at once.
-const RETRY_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a request waits for its turn, where the budget of the group allows
+/// no more retries at once: as long as the budget looks back, then there is room.
+const RETRY_PATIENCE: Duration = Duration::from_secs(10);
+/// How often who waits looks although no retry has ended: one that lasts makes
+/// room as well.
+const RETRY_LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// What `Retry-After` says when no upstream said anything better.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -509,7 +512,9 @@ impl<'a> Exchange<'a> {
                 Err(budget::NoPass::Busy) => {}
                 decided => break decided,
             }
-            if let Waited::TooLate = client.wait(until, freed).await? {
+            let look_at = until.min(Instant::now() + RETRY_LOOK_AGAIN);
+            let waited = client.wait(look_at, freed).await?;
+            if matches!(waited, Waited::TooLate) && Instant::now() >= until {
                 break Err(budget::NoPass::Busy);
             }
         };

@@ -1,20 +1,23 @@
 //! How much of a group's traffic may be tries after the first.
 //!
 //! Two bounds, and a retry has to keep both. *At once*: a share of the requests
-//! under way, at least `min`; who finds it used up may wait a moment, for
-//! retries are short. *Over time*: the same share of the requests of the last
-//! ten seconds, at least `min` a second; who finds that used up gives up, so that
-//! upstreams that fail see at most 1.2 times what clients ask.
+//! under way, at least `min`; who finds it used up may wait, since a retry that
+//! has lasted [`SETTLED`] counts no longer: what fails fails sooner, and what
+//! lasts is work. *Over time*: the same share of the requests of the last ten
+//! seconds, or of those under way if they are more, at least `min` a second; who
+//! finds that used up gives up, so that upstreams that fail see at most 1.2 times
+//! what clients ask.
+//!
+//! So those whose upstream has crashed in the middle of long answers are all
+//! helped, a few at a time.
 
 use std::{
+    collections::VecDeque,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{
-            AtomicBool, AtomicU32,
-            Ordering::{Relaxed, SeqCst},
-        },
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{Notify, futures::Notified};
@@ -23,6 +26,9 @@ use crate::config;
 
 /// How many seconds the second bound looks back.
 const SECONDS: usize = 10;
+/// How long a retry without a first token counts as one: an answer that is not
+/// streamed has none before its end, a minute later perhaps.
+const SETTLED: Duration = Duration::from_secs(1);
 
 /// The budget of one group.
 #[derive(Debug)]
@@ -30,10 +36,18 @@ pub struct Budget {
     config: config::Retries,
     /// Requests under way in the group.
     active: AtomicU32,
-    /// Retries under way that have no first token yet.
-    retrying: AtomicU32,
+    /// Retries under way that have no first token yet, with their numbers, oldest
+    /// first. Never more than the first bound.
+    retrying: Mutex<Retrying>,
     recent: Mutex<Recent>,
     freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Retrying {
+    passes: VecDeque<(u64, Instant)>,
+    /// The number of the last one.
+    last: u64,
 }
 
 /// A request under way in a group; ends when dropped.
@@ -44,9 +58,9 @@ pub struct Active(Arc<Budget>);
 #[derive(Debug)]
 pub struct Pass {
     budget: Arc<Budget>,
+    number: u64,
     since: Instant,
     used: AtomicBool,
-    over: AtomicBool,
 }
 
 /// Why there is no leave.
@@ -79,7 +93,7 @@ impl Budget {
         Arc::new(Self {
             config,
             active: AtomicU32::new(0),
-            retrying: AtomicU32::new(0),
+            retrying: Mutex::default(),
             recent: Mutex::new(Recent {
                 epoch: now,
                 seconds: [Second::default(); SECONDS],
@@ -104,27 +118,35 @@ impl Budget {
     pub fn retry(self: &Arc<Self>, now: Instant) -> Result<Pass, NoPass> {
         let share = |of: u64| self.config.share.of(of);
         let min = u64::from(self.config.min);
-        let at_once = share(self.active.load(Relaxed).into()).max(min);
-        let most = u32::try_from(at_once).unwrap_or(u32::MAX);
-        let taken = self
-            .retrying
-            .fetch_update(SeqCst, SeqCst, |now| (now < most).then_some(now + 1));
-        if taken.is_err() {
-            return Err(if most == 0 {
-                NoPass::Spent
-            } else {
-                NoPass::Busy
-            });
+        let active = u64::from(self.active.load(Relaxed));
+        let most = share(active).max(min);
+        if most == 0 {
+            return Err(NoPass::Spent);
         }
+        let number = {
+            let mut retrying = self.retrying();
+            let settled =
+                |&(_, since): &(u64, Instant)| now.saturating_duration_since(since) >= SETTLED;
+            while retrying.passes.front().is_some_and(settled) {
+                retrying.passes.pop_front();
+            }
+            if retrying.passes.len() as u64 >= most {
+                return Err(NoPass::Busy);
+            }
+            retrying.last += 1;
+            let number = retrying.last;
+            retrying.passes.push_back((number, now));
+            number
+        };
         let pass = Pass {
             budget: Arc::clone(self),
+            number,
             since: now,
             used: AtomicBool::new(false),
-            over: AtomicBool::new(false),
         };
         let (requests, retries) = self.recent(now);
         let seconds = u64::try_from(SECONDS).unwrap_or(u64::MAX);
-        if retries >= share(requests).max(min * seconds) {
+        if retries >= share(requests.max(active)).max(min * seconds) {
             // It was never noted.
             pass.spend();
             return Err(NoPass::Spent);
@@ -135,9 +157,14 @@ impl Budget {
         Ok(pass)
     }
 
-    /// Waits for a retry to end. Register before asking again.
+    /// Waits for a retry to end, or to have its first token; that one has lasted
+    /// long enough is told to nobody. Register before asking again.
     pub fn freed(&self) -> Notified<'_> {
         self.freed.notified()
+    }
+
+    fn retrying(&self) -> MutexGuard<'_, Retrying> {
+        self.retrying.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn recent(&self, now: Instant) -> (u64, u64) {
@@ -188,8 +215,13 @@ impl Pass {
 
     /// Says that the retry has its first token: it is no longer under way.
     pub fn settle(&self) {
-        if !self.over.swap(true, SeqCst) {
-            self.budget.retrying.fetch_sub(1, SeqCst);
+        let mut retrying = self.budget.retrying();
+        let place = retrying
+            .passes
+            .binary_search_by_key(&self.number, |&(number, _)| number);
+        if let Ok(at) = place {
+            retrying.passes.remove(at);
+            drop(retrying);
             self.budget.freed.notify_one();
         }
     }
@@ -214,8 +246,6 @@ impl Drop for Active {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn budget(now: Instant) -> Arc<Budget> {
@@ -238,8 +268,38 @@ mod tests {
         passes[0].settle();
         budget.retry(now).unwrap();
         drop((passes, active));
-        assert_eq!(budget.retrying.load(SeqCst), 0);
-        assert_eq!(budget.active.load(SeqCst), 0);
+        assert!(budget.retrying().passes.is_empty());
+        assert_eq!(budget.active.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn a_retry_that_lasts_makes_room_for_the_next() {
+        let now = Instant::now();
+        let budget = budget(now);
+        let passes: Vec<_> = (0..3).map(|_| budget.retry(now).unwrap()).collect();
+        let just_before = now + SETTLED - Duration::from_millis(1);
+        assert_eq!(budget.retry(just_before).unwrap_err(), NoPass::Busy);
+        let next: Vec<_> = (0..3)
+            .map(|_| budget.retry(now + SETTLED).unwrap())
+            .collect();
+        // The end of one that counts no longer makes no room a second time.
+        drop(passes);
+        assert_eq!(budget.retry(now + SETTLED).unwrap_err(), NoPass::Busy);
+        drop(next);
+        assert!(budget.retrying().passes.is_empty());
+    }
+
+    #[test]
+    fn long_requests_count_as_long_as_they_last() {
+        let start = Instant::now();
+        let budget = budget(start);
+        let active: Vec<_> = (0..500).map(|_| budget.enter(start)).collect();
+        let now = start + Duration::from_secs(60);
+        for _ in 0..100 {
+            spent(&budget, now).unwrap();
+        }
+        assert_eq!(spent(&budget, now), Err(NoPass::Spent));
+        drop(active);
     }
 
     #[test]
@@ -266,7 +326,7 @@ mod tests {
             spent(&budget, now).unwrap();
         }
         assert_eq!(spent(&budget, now), Err(NoPass::Spent));
-        assert_eq!(budget.retrying.load(SeqCst), 0);
+        assert!(budget.retrying().passes.is_empty());
         spent(&budget, now + Duration::from_secs(10)).unwrap();
     }
 

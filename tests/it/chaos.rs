@@ -454,3 +454,29 @@ async fn a_good_check_does_not_undo_what_bad_answers_have_shown() {
     }
     assert_eq!(calls(), 2, "a check has closed it");
 }
+
+#[tokio::test]
+async fn whole_answers_that_die_with_their_upstream_are_all_given_by_another() {
+    let (dying, steady) = (sim("dying").await, sim("steady").await);
+    dying.fault("hang").await.unwrap();
+    // A whole answer takes longer than a retry counts as one.
+    steady.fault("header_delay=1100").await.unwrap();
+    let upstreams = [&dying, &steady].map(|sim| upstream_at(sim.name(), &sim.url(), "kind: vllm"));
+    let routes = "routes:\n  - { model: \"*\", groups: [gpus] }\n";
+    let groups = format!("groups:\n{}", group_of("gpus", "", &upstreams));
+    let gateway = Gateway::start(&(groups + routes)).await;
+
+    let question = body("a question", false);
+    let clients = join_all((0..16).map(|_| post_chat(gateway.addr, &question)));
+    let death = async {
+        eventually("half of them are there", || async {
+            dying.records().len() == 8
+        })
+        .await;
+        dying.stop().await;
+    };
+    let (answers, ()) = tokio::join!(clients, death);
+    for answer in answers {
+        assert_eq!((answer.status, answer.upstream()), (200, "steady"));
+    }
+}
