@@ -2,7 +2,7 @@
 //!
 //! Two bounds, and a retry has to keep both. *At once*: a share of the requests
 //! under way, at least `min`; who finds it used up may wait, since a retry that
-//! has lasted [`SETTLED`] counts no longer: what fails fails sooner, and what
+//! has lasted `SETTLED` counts no longer: what fails fails sooner, and what
 //! lasts is work. *Over time*: the same share of the requests of the last ten
 //! seconds, or of those under way if they are more, at least `min` a second; who
 //! finds that used up gives up, so that upstreams that fail see at most 1.2 times
