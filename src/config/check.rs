@@ -451,14 +451,14 @@ mod tests {
 
     use super::*;
     use crate::config::{
-        marked,
         schema::{inner, tests::example},
+        yaml,
     };
 
     /// Checks a text against a schema; returns the problems as `PATH: MESSAGE`.
     fn told(text: &str, schema: &Value) -> Vec<String> {
         let mut report = Report::new("f");
-        let tree = marked::read(text, &mut report).unwrap();
+        let tree = yaml::read(text, &mut report).unwrap();
         check(tree, schema, &mut report);
         match report.finish() {
             Ok(_) => Vec::new(),

@@ -14,7 +14,7 @@ use super::{
     Admin, Catalog, Config, Problem, Problems, Secret, SecretRef, Upstream, check, file, marked,
     places::Places,
     problem::{Mark, Report},
-    resolve, schema, validate,
+    resolve, schema, validate, yaml,
 };
 
 /// The largest file, 4 MiB; a configuration with a thousand upstreams has less
@@ -101,7 +101,7 @@ pub fn parse(text: &str, file: &str, base: &Path, catalog: &Catalog) -> Result<L
     // Editors on Windows begin a file with a byte order mark.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut loaded = None;
-    if let Some(tree) = marked::read(text, &mut report) {
+    if let Some(tree) = yaml::read(text, &mut report) {
         loaded = typed(tree, base, catalog, &mut report);
     }
     let warnings = report.finish()?;

@@ -14,7 +14,7 @@
 //!
 //! How a file is read ([`load()`]), so that every problem is told at once and
 //! with its line, where serde would stop at the first and know no lines:
-//! 1. `marked`: text → a tree whose nodes know their place
+//! 1. `yaml`: text → a tree whose nodes know their place (`marked`)
 //! 2. `check`: the tree against the [`schema()`]; what is wrong is told and taken out
 //! 3. serde: what is left → [`Config`]
 //! 4. `validate`: does it make sense as a whole?
@@ -46,6 +46,7 @@ mod tests;
 pub mod units;
 pub mod upstream;
 mod validate;
+pub(crate) mod yaml;
 
 use std::net::SocketAddr;
 

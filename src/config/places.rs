@@ -99,12 +99,12 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{marked, problem::Report};
+    use crate::config::{problem::Report, yaml};
 
     #[test]
     fn an_element_after_a_dropped_one_keeps_its_place_in_the_file() {
         let text = "list:\n  - a: 1\n  - a: 2\n  - a: 3\n";
-        let mut tree = marked::read(text, &mut Report::new("f")).unwrap();
+        let mut tree = yaml::read(text, &mut Report::new("f")).unwrap();
         let Node::Map(root) = &mut tree.node else {
             panic!()
         };
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_value_that_is_not_written_is_placed_at_what_is_around_it() {
-        let tree = marked::read("a:\n  b: {c: 1}\n", &mut Report::new("f")).unwrap();
+        let tree = yaml::read("a:\n  b: {c: 1}\n", &mut Report::new("f")).unwrap();
         let place = Places::of(&tree).get("a.b.d.e");
         assert_eq!((place.path.as_str(), place.value.line), ("a.b.d.e", 2));
         assert_eq!(Places::of(&tree).get("z").value.line, 1);

@@ -6,7 +6,8 @@
 //! - [`endpoint`]: the six calls, their paths and names
 //! - [`json`]: one strict pass over a body: valid or not, and where its members are
 //! - [`cursor`]: a forgiving reader for what upstreams send, without allocation
-//! - [`request`]: a checked request that keeps its bytes, and edits by splicing
+//! - [`request`]: a checked request that keeps its bytes
+//! - [`edit`]: edits of it by splicing
 //! - [`sse`]: bytes in any pieces → events
 //! - [`event`]: what one event means: content, end, error, usage
 //! - [`continuation`]: an answer that broke off, gone on with elsewhere
@@ -20,6 +21,7 @@
 
 pub mod continuation;
 pub mod cursor;
+pub mod edit;
 pub mod endpoint;
 pub mod event;
 pub mod json;
@@ -29,10 +31,11 @@ pub mod sse;
 pub mod upstream_error;
 pub mod whole;
 
+pub use edit::Edit;
 pub use endpoint::Endpoint;
 pub use event::{Facts, Usage, inspect, usage_of_body, without_usage};
 pub use json::{JsonError, Object};
-pub use request::{ApiRequest, Edit, MaxTokens};
+pub use request::{ApiRequest, MaxTokens};
 pub use retry_after::retry_after;
 pub use sse::{EventTooLarge, Frame, Framer};
 pub use upstream_error::{UpstreamError, error_event, error_in_body};

@@ -7,8 +7,8 @@ use super::{
     super::{
         ApiRequest, Edit, Endpoint,
         cursor::Cursor,
+        edit::{quoted, splice},
         json,
-        request::{quoted, splice},
     },
     Obstacle,
 };

@@ -4,8 +4,8 @@ use super::{
     super::{
         Edit, Frame,
         cursor::{Cursor, is_something},
+        edit::splice,
         json,
-        request::splice,
     },
     Identity, Partial,
     chunk::Chunk,

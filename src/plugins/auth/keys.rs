@@ -35,8 +35,9 @@ use crate::{
     config::{
         Problem, Problems,
         file::read_bounded,
-        marked::{self, Entry, Item, Marked, Node},
+        marked::{Entry, Item, Marked, Node},
         problem::{Mark, Report, did_you_mean, index_path, key_path, shown},
+        yaml,
     },
     context::{Class, Pattern, Principal},
 };
@@ -128,7 +129,7 @@ impl Keys {
             hashes: HashMap::new(),
             keys: Self::default(),
         };
-        if let Some(root) = marked::read(text, reader.report) {
+        if let Some(root) = yaml::read(text, reader.report) {
             reader.file(root);
         }
         let keys = reader.keys;
