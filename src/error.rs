@@ -28,6 +28,8 @@ pub struct Error {
     pub param: Option<Cow<'static, str>>,
     /// When to try again.
     pub retry_after: Option<Duration>,
+    /// The methods that there are, of a 405.
+    pub allow: Option<&'static str>,
     /// Whether the connection must not be used again.
     pub close: bool,
     /// The cause, for the log alone.
@@ -49,6 +51,7 @@ impl Error {
             message: message.into(),
             param: None,
             retry_after: None,
+            allow: None,
             close: false,
             source: None,
         }
@@ -71,6 +74,19 @@ impl Error {
         message: impl Into<Cow<'static, str>>,
     ) -> Self {
         Self::new(status, "invalid_request_error", code, message)
+    }
+
+    /// 405: the path is known, but not with this method; `allow` are those it is
+    /// known with.
+    pub fn method_not_allowed(allow: &'static str) -> Self {
+        Self {
+            allow: Some(allow),
+            ..Self::refused(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "this URL is not there for this method: see GET / for what is here",
+            )
+        }
     }
 
     /// Names the field at fault.

@@ -112,6 +112,8 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     );
     let mut options = HttpServerOptions::default();
     options.h2c = true;
+    // It gets no tunnel: this only lets us answer it instead of Pingora.
+    options.allow_connect_method_proxying = true;
     // Pingora counts how often a connection is used again.
     options.keepalive_request_limit = Some(config.limits.keep_alive_requests.saturating_sub(1));
     options.h2_idle_timeout = Some(H2_IDLE);

@@ -1,5 +1,5 @@
 //! The allowlist: every method and path that a client may use. Anything else is
-//! a 404 and never reaches an upstream.
+//! a 404, or a 405 where the path is one of them, and never reaches an upstream.
 
 use http::{Method, StatusCode};
 
@@ -47,11 +47,15 @@ impl Call {
     }
 }
 
-/// Looks up the exact method and path; `HEAD` is answered wherever `GET` is. No path is normalised: `//`, `%2e` and
+/// The methods of what is read; `HEAD` is answered wherever `GET` is.
+const READ: &str = "GET, HEAD";
+
+/// Looks up the exact method and path. No path is normalised: `//`, `%2e` and
 /// `;` are other paths, and unknown.
 ///
 /// # Errors
-/// 404 for everything that is not in the list.
+/// 404 for every path that is not in the list, 405 for one that is there with
+/// another method.
 pub(super) fn look_up(method: &Method, target: &[u8]) -> Result<Call> {
     let unknown = || {
         Error::refused(
@@ -62,24 +66,29 @@ pub(super) fn look_up(method: &Method, target: &[u8]) -> Result<Call> {
     };
     let path = target.split(|byte| *byte == b'?').next().unwrap_or(target);
     let path = std::str::from_utf8(path).map_err(|why| unknown().because(why))?;
-    if *method == Method::POST {
-        return Endpoint::of_path(path).map(Call::Model).ok_or_else(unknown);
+    let call = by_path(path).ok_or_else(unknown)?;
+    let (is_its_own, allow) = match call {
+        Call::Model(_) => (*method == Method::POST, "POST"),
+        _ => (*method == Method::GET || *method == Method::HEAD, READ),
+    };
+    if is_its_own {
+        Ok(call)
+    } else {
+        Err(Error::method_not_allowed(allow))
     }
-    // HEAD is GET without the body, which is left out where it is sent.
-    if *method != Method::GET && *method != Method::HEAD {
-        return Err(unknown());
-    }
+}
+
+fn by_path(path: &str) -> Option<Call> {
     match path {
-        "/" => Ok(Call::Root),
-        "/health" => Ok(Call::Health),
-        "/livez" => Ok(Call::Live),
-        "/readyz" => Ok(Call::Ready),
-        "/v1/models" => Ok(Call::Models),
-        _ => path
-            .strip_prefix("/v1/models/")
-            .and_then(decode_id)
-            .map(Call::ModelById)
-            .ok_or_else(unknown),
+        "/" => Some(Call::Root),
+        "/health" => Some(Call::Health),
+        "/livez" => Some(Call::Live),
+        "/readyz" => Some(Call::Ready),
+        "/v1/models" => Some(Call::Models),
+        _ => Endpoint::of_path(path).map(Call::Model).or_else(|| {
+            let id = path.strip_prefix("/v1/models/")?;
+            decode_id(id).map(Call::ModelById)
+        }),
     }
 }
 
@@ -115,6 +124,26 @@ mod tests {
             call(Method::GET, "/v1/models/meta%2Fllama"),
             Some(Call::ModelById("meta/llama".to_owned()))
         );
+    }
+
+    #[test]
+    fn a_known_path_tells_its_methods_to_who_comes_with_another() {
+        let refusal = |method: &str, target: &str| {
+            let method = Method::from_bytes(method.as_bytes()).unwrap();
+            let error = look_up(&method, target.as_bytes()).unwrap_err();
+            (error.status.as_u16(), error.allow)
+        };
+        for method in ["PUT", "TRACE", "OPTIONS", "CONNECT", "BREW", "get"] {
+            for path in ["/", "/livez", "/v1/models", "/v1/models/x?y"] {
+                assert_eq!(refusal(method, path), (405, Some("GET, HEAD")));
+            }
+            for endpoint in Endpoint::ALL {
+                assert_eq!(refusal(method, endpoint.path()), (405, Some("POST")));
+            }
+            assert_eq!(refusal(method, "/nowhere"), (404, None));
+        }
+        assert_eq!(refusal("POST", "/v1/models"), (405, Some("GET, HEAD")));
+        assert_eq!(refusal("GET", "/v1/responses"), (405, Some("POST")));
     }
 
     #[test]

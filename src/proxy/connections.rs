@@ -157,6 +157,16 @@ impl Admitted {
     pub(super) fn note(&self, limit: Limit, what: &str) {
         self.connections.note(limit, self.peer, what);
     }
+
+    /// Returns who is connected; `None` if the system does not tell.
+    pub(super) fn peer(&self) -> Option<IpAddr> {
+        self.peer
+    }
+
+    /// Returns where connections are counted.
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.connections.metrics
+    }
 }
 
 impl Drop for Admitted {

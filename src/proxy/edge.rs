@@ -13,6 +13,7 @@ use super::{
     connections::Connections,
     guarded::{Allowed, Guarded},
     turned_away::TurnedAway,
+    unreadable::Largest,
 };
 use crate::gateway::Gateway;
 
@@ -53,6 +54,10 @@ impl ServerApp for Edge {
             let allowed = Allowed {
                 header: config.limits.header_timeout.get(),
                 write: config.limits.write_timeout.get(),
+                largest: Largest {
+                    bytes: config.limits.header.get(),
+                    fields: config.limits.header_fields,
+                },
             };
             (self.connections.admit(peer(&stream), config), allowed)
         };

@@ -14,11 +14,14 @@ const GOAWAY: u8 = 0x7;
 const WINDOW_UPDATE: u8 = 0x8;
 const CONTINUATION: u8 = 0x9;
 const END_HEADERS: u8 = 0x4;
+const END_STREAM: u8 = 0x1;
+/// `:status: 400`, as every encoder writes it (RFC 7541, appendix A).
+const STATUS_400: u8 = 0x80 | 12;
 
-/// The length of a frame's header, and of what is kept of a `GOAWAY`: its
-/// header, the last stream, the error.
+/// The length of a frame's header, and of what is kept of a `GOAWAY` behind it:
+/// the last stream, the error.
 const HEAD: usize = 9;
-const KEPT: usize = HEAD + 8;
+const GOAWAY_KEPT: usize = 8;
 
 /// What a connection may spend at once and per second, and what frames cost.
 /// Good clients reset a stream when a user gives up, ping now and then, and
@@ -121,17 +124,27 @@ impl Watch {
         self.header_since.or(inside)
     }
 
-    /// Follows what our side sent; returns the error with which it ended the
-    /// connection, if it did.
-    pub(super) fn wrote(&mut self, bytes: &[u8]) -> Option<u32> {
-        let mut error = None;
+    /// Follows what our side sent.
+    pub(super) fn wrote(&mut self, bytes: &[u8]) -> Wrote {
+        let mut wrote = Wrote::default();
         self.outgoing.follow(bytes, |frame| {
             if frame.kind == GOAWAY && frame.error != 0 {
-                error = Some(frame.error);
+                wrote.error = Some(frame.error);
             }
+            wrote.refused += usize::from(frame.is_bare_400);
         });
-        error
+        wrote
     }
+}
+
+/// What our side sent that somebody should know of.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Wrote {
+    /// The error with which it ended the connection.
+    pub(super) error: Option<u32>,
+    /// How many requests Pingora refused by itself: with a status and nothing
+    /// else, where an answer of ours has a body.
+    pub(super) refused: usize,
 }
 
 /// The frames of one direction.
@@ -139,6 +152,8 @@ impl Watch {
 struct Frames {
     /// The beginning of the current frame, as far as it has come.
     start: Vec<u8>,
+    /// How much of what follows its header belongs to that.
+    keep: usize,
     /// What is still to come of the frame whose beginning was told.
     left: usize,
     /// Of the frame to come or under way, from 1.
@@ -154,6 +169,8 @@ struct Frame {
     flags: u8,
     /// The error of a `GOAWAY`.
     error: u32,
+    /// Whether it is a whole answer that says 400 and nothing more.
+    is_bare_400: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -176,8 +193,9 @@ impl Frames {
             if self.start.is_empty() {
                 self.number += 1;
             }
-            let wanted = if self.start.len() < HEAD { HEAD } else { KEPT };
-            let (taken, rest) = bytes.split_at((wanted - self.start.len()).min(bytes.len()));
+            let wanted = HEAD + self.keep;
+            let missing = wanted.saturating_sub(self.start.len());
+            let (taken, rest) = bytes.split_at(missing.min(bytes.len()));
             self.start.extend_from_slice(taken);
             bytes = rest;
             let Some((head, kept)) = self.start.split_first_chunk::<HEAD>() else {
@@ -186,12 +204,12 @@ impl Frames {
             let [high, middle, low, kind, flags, ..] = *head;
             let length = u32::from_be_bytes([0, high, middle, low]) as usize;
             self.kind = kind;
-            let worth_keeping = if kind == GOAWAY && length >= KEPT - HEAD {
-                KEPT - HEAD
-            } else {
-                0
+            self.keep = match kind {
+                GOAWAY if length >= GOAWAY_KEPT => GOAWAY_KEPT,
+                HEADERS if length == 1 => 1,
+                _ => 0,
             };
-            if kept.len() < worth_keeping {
+            if kept.len() < self.keep {
                 continue;
             }
             let error = kept
@@ -202,9 +220,13 @@ impl Frames {
                 kind,
                 flags,
                 error,
+                is_bare_400: kind == HEADERS
+                    && flags & END_STREAM != 0
+                    && kept == [STATUS_400].as_slice(),
             });
             self.left = length - kept.len();
             self.start.clear();
+            self.keep = 0;
         }
     }
 
@@ -307,8 +329,28 @@ mod tests {
         for cut in 0..all.len() {
             let mut watch = Watch::new(Instant::now());
             let (first, second) = all.split_at(cut);
-            let error = watch.wrote(first).or(watch.wrote(second));
+            let error = watch.wrote(first).error.or(watch.wrote(second).error);
             assert_eq!(error, Some(11), "{cut}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_pingoras_own_is_seen_however_it_is_cut() {
+        let bare = END_HEADERS | END_STREAM;
+        let all = [
+            frame(HEADERS, bare, &[STATUS_400]),
+            frame(HEADERS, END_HEADERS, &[STATUS_400]),
+            frame(HEADERS, bare, &[0x88]),
+            frame(HEADERS, bare, &[STATUS_400, 0x5f]),
+            frame(HEADERS, bare, &[STATUS_400]),
+            frame(DATA, END_STREAM, &[STATUS_400]),
+        ]
+        .concat();
+        for cut in 0..all.len() {
+            let mut watch = Watch::new(Instant::now());
+            let (first, second) = all.split_at(cut);
+            let refused = watch.wrote(first).refused + watch.wrote(second).refused;
+            assert_eq!(refused, 2, "{cut}");
         }
     }
 
@@ -322,7 +364,7 @@ mod tests {
                 })
                 .collect();
             watch.wrote(&bytes);
-            assert!(watch.incoming.start.len() <= KEPT);
+            assert!(watch.outgoing.start.len() <= HEAD + GOAWAY_KEPT);
         }
     }
 }

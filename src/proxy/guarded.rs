@@ -11,14 +11,14 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use async_trait::async_trait;
-use bytes::BytesMut;
+use bytes::{Buf, Bytes, BytesMut};
 use pingora::{
     protocols::ALPN,
     protocols::{
@@ -35,7 +35,8 @@ use super::{
     connections::{Admitted, Limit},
     frames::Watch,
     io::{forward_to_stream, give_back},
-    turned_away,
+    turned_away::{self, LINGER, LINGER_MAX},
+    unreadable::{self, Largest, Size},
 };
 
 /// What a connection's bytes are part of; set by the hooks of the proxy, looked
@@ -50,6 +51,8 @@ impl Phase {
     const BODY: u8 = 1;
     /// A header of which nothing has been read.
     const NEXT: u8 = 2;
+    /// A header whose beginning came behind the request before.
+    const PIPELINED: u8 = 3;
 
     fn set(&self, phase: u8) {
         self.0.store(phase, Ordering::Relaxed);
@@ -68,6 +71,8 @@ pub(super) struct Allowed {
     pub(super) header: Duration,
     /// Until it takes anything of what it is sent.
     pub(super) write: Duration,
+    /// The largest header.
+    pub(super) largest: Largest,
 }
 
 /// A client's stream that fails when a header takes too long, however slowly
@@ -88,10 +93,20 @@ pub(super) struct Guarded {
     clock: Option<Pin<Box<Sleep>>>,
     /// What the clock runs for, under HTTP/2.
     owed: u64,
-    /// Whether anything of the header has come.
-    begun: bool,
+    /// When the first of the header came.
+    begun: Option<Instant>,
+    /// How large the header is so far.
+    size: Size,
+    /// What was read since the last request was over, and what was left of it
+    /// then.
+    delivered: AtomicUsize,
     /// Runs while the client takes nothing.
     stall: Option<Pin<Box<Sleep>>>,
+    /// What is left to send in place of Pingora's answer to what it could not
+    /// read.
+    instead: Option<Bytes>,
+    /// Until when, and how much of, what such a client still sends is read.
+    linger: Option<(Pin<Box<Sleep>>, usize)>,
     http2: Option<Box<Watch>>,
     admitted: Admitted,
 }
@@ -107,8 +122,12 @@ impl Guarded {
             allowed,
             clock: Some(after(allowed.header)),
             owed: 0,
-            begun: false,
+            begun: None,
+            size: Size::default(),
+            delivered: AtomicUsize::new(0),
             stall: None,
+            instead: None,
+            linger: None,
             http2: None,
             admitted,
         }
@@ -119,9 +138,18 @@ impl Guarded {
         self.phase.set(Phase::BODY);
     }
 
-    /// Arms the clock: what comes now is the next header.
-    pub(super) fn request_is_over(&self) {
-        self.phase.set(Phase::NEXT);
+    /// Arms the clock: what comes now is the next header. `used` is how many
+    /// bytes the request was, header and body: what was read beyond them is the
+    /// beginning of that header.
+    pub(super) fn request_is_over(&self, used: usize) {
+        let left = self.delivered.load(Ordering::Relaxed).saturating_sub(used);
+        self.delivered.store(left, Ordering::Relaxed);
+        let next = if left > 0 {
+            Phase::PIPELINED
+        } else {
+            Phase::NEXT
+        };
+        self.phase.set(next);
     }
 
     /// Lets every further write, flush and shutdown fail at once. Each of them
@@ -150,14 +178,11 @@ impl Guarded {
         match self.phase.get() {
             Phase::BODY => {
                 self.clock = None;
-                return Pin::new(&mut self.stream).poll_read(cx, buffer);
+                return self.poll_counted(cx, buffer);
             }
             // A request without a body ends with its own header's clock armed.
-            Phase::NEXT => {
-                self.clock = None;
-                self.begun = false;
-                self.phase.set(Phase::HEADER);
-            }
+            Phase::NEXT => self.begin_header(None),
+            Phase::PIPELINED => self.begin_header(Some(Instant::now())),
             _ => {}
         }
         if self.is_too_late(cx) {
@@ -165,18 +190,40 @@ impl Guarded {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let before = buffer.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        if buffer.filled().len() > before {
-            self.begun = true;
+        let read = self.poll_counted(cx, buffer);
+        let new = buffer.filled().get(before..).unwrap_or_default();
+        if !new.is_empty() {
+            self.size.follow(new);
             let allowed = self.allowed.header;
+            self.begun.get_or_insert_with(Instant::now);
             self.clock.get_or_insert_with(|| after(allowed));
         }
         read
     }
 
+    /// Waits for a header, of which something may have come already.
+    fn begin_header(&mut self, begun: Option<Instant>) {
+        self.clock = begun.map(|_| after(self.allowed.header));
+        self.begun = begun;
+        self.size = Size::default();
+        self.phase.set(Phase::HEADER);
+    }
+
+    fn poll_counted(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let new = buffer.filled().len() - before;
+        self.delivered.fetch_add(new, Ordering::Relaxed);
+        read
+    }
+
     /// Sends a 408 to who has begun a header.
     fn tell_too_late(&mut self, cx: &mut Context<'_>) {
-        if !self.begun {
+        if self.begun.is_none() {
             return;
         }
         // Best effort: who sends slowly may well not read either.
@@ -256,6 +303,61 @@ impl Guarded {
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 
+    /// Sends our own answer where Pingora answers what it could not read: what
+    /// is written although no request has begun. `None` if that is not so.
+    fn poll_instead(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Option<Poll<io::Result<usize>>> {
+        if self.instead.is_none() {
+            let is_refusal = self.http2.is_none()
+                && self.phase.get() != Phase::BODY
+                && unreadable::is_answer(bytes);
+            if !is_refusal {
+                return None;
+            }
+            let took = self.begun.map_or(Duration::ZERO, |begun| begun.elapsed());
+            self.instead = Some(unreadable::refuse(
+                &self.size,
+                self.allowed.largest,
+                self.admitted.peer(),
+                took,
+                self.admitted.metrics(),
+            ));
+        }
+        let Self {
+            instead, stream, ..
+        } = self;
+        let left = instead.as_mut()?;
+        while left.has_remaining() {
+            match Pin::new(&mut *stream).poll_write(cx, left) {
+                Poll::Ready(Ok(0)) => {
+                    return Some(Poll::Ready(Err(io::ErrorKind::WriteZero.into())));
+                }
+                Poll::Ready(Ok(count)) => left.advance(count),
+                other => return Some(other),
+            }
+        }
+        Some(Poll::Ready(Ok(bytes.len())))
+    }
+
+    /// Reads on for a moment, so that a client that still sends gets to see its
+    /// answer before the connection is closed.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { linger, stream, .. } = self;
+        let (until, read) = linger.get_or_insert_with(|| (after(LINGER), 0));
+        let mut piece = [0; 4096];
+        while *read < LINGER_MAX && until.as_mut().poll(cx).is_pending() {
+            let mut buffer = ReadBuf::new(&mut piece);
+            match ready!(Pin::new(&mut *stream).poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => *read += buffer.filled().len(),
+                _ => break,
+            }
+        }
+        Poll::Ready(())
+    }
+
     /// Looks at what was written, if it is HTTP/2.
     fn wrote<'a>(&mut self, slices: impl Iterator<Item = &'a [u8]>, mut written: usize) {
         let Some(watch) = &mut self.http2 else {
@@ -264,9 +366,13 @@ impl Guarded {
         for slice in slices {
             let part = slice.get(..written.min(slice.len())).unwrap_or_default();
             written -= part.len();
-            if let Some(error) = watch.wrote(part) {
+            let wrote = watch.wrote(part);
+            if let Some(error) = wrote.error {
                 let what = format!("http/2 connection ended with error {error}");
                 self.admitted.note(Limit::Http2Error, &what);
+            }
+            for _ in 0..wrote.refused {
+                unreadable::refused(self.admitted.peer(), self.admitted.metrics());
             }
         }
     }
@@ -299,6 +405,9 @@ impl AsyncWrite for Guarded {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         self.check_uncut()?;
+        if let Some(taken) = self.poll_instead(cx, bytes) {
+            return self.poll_taken(cx, taken);
+        }
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         if let Poll::Ready(Ok(count)) = written {
             self.wrote(std::iter::once(bytes), count);
@@ -332,7 +441,11 @@ impl AsyncWrite for Guarded {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.check_uncut()?;
         let shut = Pin::new(&mut self.stream).poll_shutdown(cx);
-        self.poll_taken(cx, shut)
+        ready!(self.poll_taken(cx, shut))?;
+        if self.instead.is_some() {
+            ready!(self.poll_linger(cx));
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -404,6 +517,10 @@ mod tests {
         let allowed = Allowed {
             header: SECOND * 10,
             write: SECOND * 60,
+            largest: Largest {
+                bytes: 1024,
+                fields: 10,
+            },
         };
         (Guarded::new(Box::new(near), allowed, admitted), metrics)
     }

@@ -1,12 +1,12 @@
 //! What a request's header must be before anybody looks at what it asks for.
 //!
-//! Pingora has parsed it: broken framing never gets here (a bare 400 and a
-//! closed connection). Here are the rules it leaves to us: sizes, `Host`, the
+//! Pingora has parsed it: broken framing never gets here (see `unreadable`).
+//! Here are the rules it leaves to us: sizes, `Host`, the
 //! form of the target.
 
 use std::sync::Arc;
 
-use http::{HeaderMap, HeaderValue, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
 use pingora::http::RequestHeader;
 
 use crate::{
@@ -21,9 +21,13 @@ const REQUEST_ID_MAX: usize = 128;
 /// not enforce.
 ///
 /// # Errors
-/// 431, 414 or 400, each closing the connection: a client that sends such a
+/// 405 for `CONNECT`, 431, 414 or 400, each closing the connection: a client that sends such a
 /// header is broken or hostile.
 pub(super) fn check(request: &RequestHeader, limits: &Limits) -> Result<()> {
+    // Its target is no path, and what follows it may not be HTTP.
+    if request.method == Method::CONNECT {
+        return Err(Error::method_not_allowed("GET, HEAD, POST").closing());
+    }
     let target = request.raw_path();
     if target.len() > limits.uri.get() {
         return Err(Error::refused(

@@ -1,8 +1,8 @@
 //! The data plane: from a client's bytes to an upstream's and back.
 //!
 //! - `edge`: around Pingora's proxy: counts connections (`connections`), turns
-//!   away those that are too many (`turned_away`), and guards the others
-//!   (`guarded`, `frames`)
+//!   away those that are too many (`turned_away`), guards the others
+//!   (`guarded`, `frames`), and answers what Pingora cannot read (`unreadable`)
 //! - `serve`: one request from its header to its end
 //! - `head`, `calls`, `body` (with `bodies`, their memory): what a request must be before it counts
 //! - `exchange` → `attempt` → `link`: the tries, one try, one connection
@@ -43,6 +43,7 @@ mod sequel;
 mod serve;
 mod takeover;
 mod turned_away;
+mod unreadable;
 mod verdict;
 
 use std::{
@@ -177,8 +178,11 @@ impl ProxyHttp for Proxy {
         _error: Option<&pingora::Error>,
         state: &mut RequestState,
     ) {
-        if let Some(guarded) = session.stream().and_then(guarded::guarded) {
-            guarded.request_is_over();
+        if let Some(http1) = session.as_http1()
+            && let Some(guarded) = session.stream().and_then(guarded::guarded)
+        {
+            let header = http1.get_headers_raw_bytes().len();
+            guarded.request_is_over(header + http1.body_bytes_read());
         }
         // Where a chunked body ends is a matter of its reader when its chunks
         // are odd (Pingora takes an empty size for 0): what came behind one is

@@ -1,12 +1,18 @@
 //! The end of a request: its metrics, its access line, its plugins' last hook.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
 use super::serve::{Done, Live};
 use crate::{
     context::{Ending, Outcome},
+    error::Error,
     gateway::Gateway,
     logging::{AccessLine, write_access},
+    metrics::Metrics,
 };
 
 /// More tokens than any model takes or makes: an upstream that claims more is
@@ -102,5 +108,62 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         tokens_in: outcome.usage.as_ref().map(|usage| usage.prompt_tokens),
         tokens_out: outcome.usage.as_ref().map(|usage| usage.completion_tokens),
         error: outcome.error.as_deref(),
+    });
+}
+
+/// A request that nobody could read.
+pub(super) struct Unread<'a> {
+    pub(super) id: &'a str,
+    /// Who is connected; `None` if the system does not tell.
+    pub(super) client: Option<IpAddr>,
+    /// What it was told.
+    pub(super) error: &'a Error,
+    pub(super) bytes_out: usize,
+    /// From its first byte.
+    pub(super) total: Duration,
+}
+
+/// Records a request that could not be read: as [`write`] does, with what is
+/// known of it. Plugins see requests only.
+pub(super) fn write_unread(metrics: &Metrics, unread: &Unread<'_>) {
+    let status = unread.error.status.as_u16();
+    let ending = Ending::ClientError.as_str();
+    let code = unread.error.code.as_deref();
+    metrics
+        .requests
+        .with_label_values(&["unknown", "", &status.to_string(), ending])
+        .inc();
+    let total = metrics.total.with_label_values(&["unknown"]);
+    total.observe(unread.total.as_secs_f64());
+    if let Some(code) = code {
+        metrics.errors.with_label_values(&[code]).inc();
+    }
+    let bytes_out = unread.bytes_out as u64;
+    let out = metrics.body_bytes.with_label_values(&["out"]);
+    out.inc_by(bytes_out);
+    write_access(&AccessLine {
+        request_id: unread.id,
+        client: unread.client.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        caller: "-",
+        method: "-",
+        path: "-",
+        status,
+        ending,
+        model: None,
+        route: None,
+        group: None,
+        upstream: None,
+        attempts: 0,
+        fallback: false,
+        takeovers: 0,
+        streamed: false,
+        bytes_in: 0,
+        bytes_out,
+        queued: Duration::ZERO,
+        first_token: None,
+        total: unread.total,
+        tokens_in: None,
+        tokens_out: None,
+        error: code,
     });
 }

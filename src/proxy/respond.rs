@@ -61,6 +61,9 @@ pub(super) async fn send_error(
             headers.insert(header::RETRY_AFTER, value);
         }
     }
+    if let Some(allow) = error.allow {
+        headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+    }
     if error.status == StatusCode::UNAUTHORIZED {
         headers.insert(
             header::WWW_AUTHENTICATE,

@@ -1,7 +1,7 @@
-//! Connections that get an answer before there is a request, or no answer at
-//! all: written by hand, since Pingora has not seen them.
+//! Connections that get an answer although there is no request: written by
+//! hand, since Pingora has not seen it, or could make nothing of it.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -20,8 +20,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// How long, and how much of, what a client still sends is read, so that it
 /// gets to see its answer: closing on unread bytes makes the system send a
 /// reset, which overtakes it.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_MAX: usize = 64 * 1024;
+pub(super) const LINGER: Duration = Duration::from_secs(1);
+pub(super) const LINGER_MAX: usize = 64 * 1024;
 /// How many connections may linger at once; the others are closed at once. They
 /// take the places of files that are spare.
 const LINGERERS: usize = 16;
@@ -73,21 +73,27 @@ fn too_many_connections() -> Bytes {
         "too_many_connections",
         "the gateway has as many connections as it takes",
     );
-    raw(&error.retry_after(RETRY_AFTER))
+    raw(&error.retry_after(RETRY_AFTER), &new_id())
 }
 
 /// Returns the answer to a header that took too long.
 pub(super) fn header_timeout() -> Bytes {
-    raw(&Error::refused(
+    let error = Error::refused(
         StatusCode::REQUEST_TIMEOUT,
         "header_timeout",
         "the request header took too long",
-    ))
+    );
+    raw(&error, &new_id())
+}
+
+/// Returns a request id; a client's own is not known yet.
+pub(super) fn new_id() -> Arc<str> {
+    head::request_id(&HeaderMap::new())
 }
 
 /// Writes an error as a whole answer of HTTP/1.1, after which the connection is
 /// closed.
-fn raw(error: &Error) -> Bytes {
+pub(super) fn raw(error: &Error, id: &str) -> Bytes {
     let body = error.to_json();
     let retry_after = error.retry_after.map_or_else(String::new, |wait| {
         format!("retry-after: {}\r\n", wait.as_secs())
@@ -96,11 +102,10 @@ fn raw(error: &Error) -> Bytes {
         "HTTP/1.1 {}\r\n\
          content-type: application/json\r\n\
          content-length: {}\r\n\
-         x-request-id: {}\r\n\
+         x-request-id: {id}\r\n\
          {retry_after}\
          connection: close\r\n\r\n{body}",
         error.status,
         body.len(),
-        head::request_id(&HeaderMap::new()),
     ))
 }

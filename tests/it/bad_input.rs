@@ -845,14 +845,15 @@ async fn a_request_needs_exactly_one_host() {
         );
         let mut connection = house.connect().await;
         connection.send(request.as_bytes()).await;
-        let said = String::from_utf8_lossy(&connection.rest().await).into_owned();
-        assert!(said.starts_with("HTTP/1.1 400 "), "{hosts:?}: {said}");
-        // Some are refused by Pingora, with a bare 400.
-        let ours = said.contains(code) && said.contains("x-request-id: ");
+        let answer = connection.answer().await;
+        assert_eq!(answer.status, 400, "{hosts:?}");
+        // Some are refused by Pingora's parser already.
+        let said = answer.error_code();
         assert!(
-            ours || said.contains("Content-Length: 0\r\n"),
+            said == code || said == "malformed_request",
             "{hosts:?}: {said}"
         );
+        closes(hosts, &answer, &mut connection).await;
         cases += 1;
     }
     assert_eq!(cases, 11);
@@ -938,7 +939,11 @@ async fn a_method_that_is_not_in_the_list_never_reaches_an_upstream() {
         let mut connection = house.connect().await;
         connection.send(request.as_bytes()).await;
         let head = connection.read_until("\r\n\r\n").await;
-        assert!(head.starts_with("HTTP/1.1 404 "), "{method}: {head}");
+        assert!(head.starts_with("HTTP/1.1 405 "), "{method}: {head}");
+        assert!(
+            head.to_lowercase().contains("\r\nallow: post\r\n"),
+            "{method}: {head}"
+        );
         assert!(head.contains("x-request-id: "), "{method}: {head}");
         if method == "HEAD" {
             // An answer to HEAD has a length but no body: the next answer
@@ -950,7 +955,8 @@ async fn a_method_that_is_not_in_the_list_never_reaches_an_upstream() {
             assert_eq!(all.matches("HTTP/1.1 ").count(), 2, "{all}");
             assert!(all.contains("\r\n\r\nHTTP/1.1 200 "), "{all}");
         } else {
-            refused(method, &connection.answer().await, 404, "unknown_url");
+            let answer = connection.answer().await;
+            refused(method, &answer, 405, "method_not_allowed");
             works(&mut connection).await;
             house.sim.clear_records();
         }
@@ -962,12 +968,10 @@ async fn a_method_that_is_not_in_the_list_never_reaches_an_upstream() {
         "CONNECT / HTTP/1.1\r\nhost: a\r\n\r\n",
         "CONNECT /v1/chat/completions HTTP/1.1\r\nhost: a\r\n\r\n",
     ] {
-        let mut connection = house.connect().await;
-        connection.send(connect.as_bytes()).await;
-        let said = connection.read_until("\r\n\r\n").await;
-        assert!(said.starts_with("HTTP/1.1 4"), "{connect}: {said}");
-        connection.finish_sending().await;
-        connection.rest().await;
+        let (answer, mut connection) = house.ask(connect.as_bytes()).await;
+        refused(connect, &answer, 405, "method_not_allowed");
+        assert!(answer.header("allow").is_some(), "{connect}");
+        closes(connect, &answer, &mut connection).await;
     }
     house.is_unharmed().await;
 }
@@ -1042,12 +1046,8 @@ async fn a_path_that_only_looks_like_one_never_reaches_an_upstream() {
             connection.send(&request).await;
             let said = String::from_utf8_lossy(&connection.rest().await).into_owned();
             assert!(said.starts_with("HTTP/1.1 4"), "{method} {shown}: {said}");
-            // A bare answer is Pingora's own.
             let ours = said.contains("x-request-id: ") && said.contains("{\"error\":{\"message\":");
-            assert!(
-                ours || said.ends_with("\r\n\r\n"),
-                "{method} {shown}: {said}"
-            );
+            assert!(ours, "{method} {shown}: {said}");
             assert_eq!(
                 said.matches("HTTP/1.1 ").count(),
                 1,
@@ -1356,16 +1356,16 @@ async fn a_steering_header_that_makes_no_sense_is_a_400() {
 async fn an_unread_body_is_never_taken_for_a_request() {
     let house = House::new("").await;
     let hidden = build("POST", CHAT, &[], chat("demo").as_bytes());
-    for (method, path) in [
-        ("POST", "/unknown"),
-        ("PUT", CHAT),
-        ("DELETE", "/v1/models"),
-        ("OPTIONS", "/"),
+    for (method, path, status, code) in [
+        ("POST", "/unknown", 404, "unknown_url"),
+        ("PUT", CHAT, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("OPTIONS", "/", 405, "method_not_allowed"),
     ] {
         let mut connection = house.connect().await;
         connection.request(method, path, &[], &hidden).await;
         let answer = connection.answer().await;
-        refused(path, &answer, 404, "unknown_url");
+        refused(path, &answer, status, code);
         closes(path, &answer, &mut connection).await;
     }
     // A GET with a body is answered, its body no request either.
@@ -1400,4 +1400,112 @@ async fn an_upgrade_is_ignored() {
         assert_eq!(record.header("http2-settings"), None);
     }
     assert_eq!(house.sim.records().len(), 3);
+}
+
+/// Requests whose header Pingora's parser refuses: what is wrong, the header
+/// without its empty line, and the code of the answer.
+fn unreadable() -> Vec<(&'static str, String, u16, &'static str)> {
+    let bad = |what, fields: &str| {
+        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\n{fields}");
+        (what, head, 400, "malformed_request")
+    };
+    let large = |what, fields: String| {
+        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\n{fields}");
+        (what, head, 431, "header_too_large")
+    };
+    vec![
+        bad("two lengths", "content-length: 5\r\ncontent-length: 6\r\n"),
+        bad("a coding that is none", "transfer-encoding: xchunked\r\n"),
+        bad("a folded field", "x: a\r\n b\r\n"),
+        bad("a NUL", "x: a\0b\r\n"),
+        bad("a carriage return alone", "x: a\rb\r\n"),
+        bad("a space before the colon", "x : a\r\n"),
+        bad("no colon", "hello\r\n"),
+        bad("a length that is no number", "content-length: 5x\r\n"),
+        (
+            "another version",
+            "GET / HTTP/3.7\r\nhost: a\r\n".to_owned(),
+            400,
+            "malformed_request",
+        ),
+        (
+            "no request at all",
+            "\x16\x03\x01 hello\r\n".to_owned(),
+            400,
+            "malformed_request",
+        ),
+        large("too many fields", "x: y\r\n".repeat(300)),
+    ]
+}
+
+#[tokio::test]
+async fn what_the_parser_refuses_gets_an_answer_a_line_and_a_count() {
+    let house = House::new("").await;
+    let cases = unreadable();
+    let (mut bad, mut large) = (0.0, 0.0);
+    for (number, (what, head, status, code)) in cases.iter().enumerate() {
+        let mut connection = house.connect().await;
+        // Half of them on a connection that has been used.
+        if number % 2 == 1 {
+            works(&mut connection).await;
+        }
+        // More than is read with the header: the answer gets through all the same.
+        let rest = "x".repeat(if number % 3 == 0 { 60_000 } else { 10 });
+        connection
+            .send(format!("{head}\r\n{rest}").as_bytes())
+            .await;
+        let answer = connection.answer().await;
+        refused(what, &answer, *status, code);
+        let fields: Vec<_> = answer.headers.iter().map(|(name, _)| &**name).collect();
+        assert!(answer.header("server").is_none(), "{what}: {fields:?}");
+        closes(what, &answer, &mut connection).await;
+        let id = answer.header("x-request-id").unwrap();
+        let line = format!("request_id={id} client=127.0.0.1");
+        house.gateway.logged(&line).await;
+        let log = house.gateway.log();
+        assert_eq!(log.matches(id).count(), 1, "{what}");
+        let line = log.lines().find(|line| line.contains(id)).unwrap();
+        let ending = format!("status={status} ending=client_error");
+        assert!(line.contains(&ending), "{line}");
+        assert!(line.contains(&format!("error={code}")), "{line}");
+        *if *status == 400 { &mut bad } else { &mut large } += 1.0;
+    }
+    assert!(bad > 5.0 && large > 0.0);
+    for (code, status, count) in [
+        ("malformed_request", 400, bad),
+        ("header_too_large", 431, large),
+    ] {
+        let errors = format!("forebay_errors_total{{code=\"{code}\"}}");
+        assert_eq!(house.gateway.metric(&errors).await, Some(count));
+        let requests = format!(
+            "forebay_requests_total{{endpoint=\"unknown\",outcome=\"client_error\",route=\"\",status=\"{status}\"}}"
+        );
+        assert_eq!(house.gateway.metric(&requests).await, Some(count));
+    }
+    house
+        .gateway
+        .metric_becomes("forebay_client_connections", 0.0)
+        .await;
+    let calls = paths(&house.sim);
+    assert!(calls.iter().all(|path| path == CHAT), "{calls:?}");
+    // Those that were sent before, on the connections that had been used.
+    assert_eq!(calls.len(), cases.len() / 2);
+}
+
+#[tokio::test]
+async fn a_bad_request_behind_a_good_one_gets_its_own_answer() {
+    let house = House::new("").await;
+    let body = chat("demo");
+    let good = build("POST", CHAT, &[], body.as_bytes());
+    let both = [
+        good.as_slice(),
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx : y\r\n\r\n",
+    ]
+    .concat();
+    let mut connection = house.connect().await;
+    connection.send(&both).await;
+    assert_eq!(connection.answer().await.status, 200);
+    let answer = connection.answer().await;
+    refused("pipelined", &answer, 400, "malformed_request");
+    closes("pipelined", &answer, &mut connection).await;
 }

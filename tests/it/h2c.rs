@@ -229,8 +229,13 @@ async fn a_host_that_is_missing_or_contradicts_is_refused() {
         .unwrap();
     let sender = connect(gateway.addr).await;
     let answer = ask(&sender, bare, chat("demo")).await.unwrap();
-    // Pingora's own, without a body.
+    // Pingora's own, without a body; recorded all the same.
     assert_eq!((answer.status, answer.text()), (400, ""));
+    let errors = "forebay_errors_total{code=\"malformed_request\"}";
+    gateway.metric_becomes(errors, 1.0).await;
+    let line = "status=400 ending=client_error attempts=0";
+    gateway.logged(line).await;
+    assert_eq!(gateway.log().matches(line).count(), 1);
     for host in [
         "other.test",
         "forebay.test:81",

@@ -393,7 +393,7 @@ async fn a_question_carries_the_upstreams_key_and_not_the_clients() {
         })
         .await
         .unwrap();
-    assert_eq!(post(gateway.addr, "/v1/models", &[], b"").await.status, 404);
+    assert_eq!(post(gateway.addr, "/v1/models", &[], b"").await.status, 405);
 }
 
 #[tokio::test]
