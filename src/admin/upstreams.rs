@@ -1,6 +1,9 @@
 //! What people see of upstreams, and do to them: reset, drain, undrain.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json,
@@ -12,7 +15,15 @@ use axum::{
 use serde_json::{Value, json};
 
 use super::shape;
-use crate::{error::Error, gateway::Gateway, status};
+use crate::{
+    error::Error,
+    gateway::{Gateway, Snapshot},
+    status,
+};
+
+/// How long a reset waits for what the checks say to it, and how often it looks.
+const CHECKED_WITHIN: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Every upstream with its state.
 pub(super) async fn list(State(gateway): State<Arc<Gateway>>) -> impl IntoResponse {
@@ -26,6 +37,7 @@ pub(super) async fn reset_all(State(gateway): State<Arc<Gateway>>) -> impl IntoR
         upstream.reset(Instant::now());
     }
     log::info!("upstreams reset by hand: all of them");
+    checked(&snapshot).await;
     Json(json!({ "upstreams": status::upstreams(&snapshot) }))
 }
 
@@ -61,6 +73,9 @@ pub(super) async fn act(
         }
     }
     log::info!("upstream changed by hand: name={name} action={action}");
+    if action == "reset" {
+        checked(&snapshot).await;
+    }
     let all = status::upstreams(&snapshot);
     let one: Vec<&Value> = all
         .as_array()
@@ -69,4 +84,15 @@ pub(super) async fn act(
         .filter(|one| one["name"] == *name)
         .collect();
     Json(json!({ "upstreams": one })).into_response()
+}
+
+/// Waits until those have been asked of which only a check can tell whether they
+/// are well again, so that what is shown is true; not for long.
+async fn checked(snapshot: &Snapshot) {
+    let until = Instant::now() + CHECKED_WITHIN;
+    let mut upstreams = snapshot.upstreams();
+    while Instant::now() < until && upstreams.any(|(_, one)| one.health.is_doubted()) {
+        tokio::time::sleep(LOOK_EVERY).await;
+        upstreams = snapshot.upstreams();
+    }
 }

@@ -35,10 +35,8 @@ pub(super) fn failure(step: &Step, slot: &Slot, failure: &mut Failure, metrics: 
             false
         }
         Verdict::Rejected => match failure.retry_after {
-            Some(pause) => {
-                slot.cool(pause, now);
-                false
-            }
+            // Of those who were turned away together one counts.
+            Some(pause) => slot.cool(pause, now) && step.group.turned_away(slot, now),
             None => step.group.turned_away(slot, now),
         },
         Verdict::Credential => {
@@ -59,7 +57,8 @@ pub(super) fn failure(step: &Step, slot: &Slot, failure: &mut Failure, metrics: 
             };
             step.group.failed(slot, fault, now)
         }
-        // That it could not be sent was reported where it happened.
+        // What it means for the upstream was reported where it happened.
+        Verdict::NotSent => step.group.unsent(slot, now),
         _ => false,
     };
     if spared {

@@ -45,13 +45,28 @@ impl Breakers {
             if self.own.len() >= MODELS_MAX {
                 return &mut self.rest;
             }
+            // There is room again: nobody asks this one any more, and what it
+            // says would keep the upstream from ever being in order.
+            self.rest = Breaker::default();
         }
         self.own.entry(Arc::clone(model)).or_default()
     }
 
-    /// Returns the breaker of a model that has one.
-    pub(super) fn known(&mut self, model: &str) -> &mut Breaker {
-        self.own.get_mut(model).unwrap_or(&mut self.rest)
+    /// Returns the breaker of a model, as [`Self::of`] does, to note something.
+    pub(super) fn known(&mut self, model: &str) -> Option<&mut Breaker> {
+        let full = self.own.len() >= MODELS_MAX;
+        match self.own.get_mut(model) {
+            Some(own) => Some(own),
+            None => full.then_some(&mut self.rest),
+        }
+    }
+
+    /// Lets the next one try, wherever this ticket is the one that tries: the
+    /// model may have got a breaker of its own since.
+    pub(super) fn end_try(&mut self, ticket: u64, now: Instant) {
+        for breaker in self.all_mut() {
+            breaker.end_try(ticket, now);
+        }
     }
 
     /// Closes what flowed long enough.
@@ -122,6 +137,12 @@ impl Breakers {
         news
     }
 
+    /// Makes what was told of others count as told of these, so that the next
+    /// news take it back.
+    pub(super) fn follow(&mut self, old: &Self) {
+        self.told = old.told.clone();
+    }
+
     fn all_mut(&mut self) -> impl Iterator<Item = &mut Breaker> {
         self.own.values_mut().chain([&mut self.rest])
     }
@@ -169,6 +190,35 @@ mod tests {
         let later = now + Duration::from_secs(31);
         fail(&mut breakers, "late", 1, later);
         assert_eq!(breakers.own.len(), 1);
+    }
+
+    #[test]
+    fn what_all_further_models_shared_is_forgotten_when_each_has_room_again() {
+        let (mut breakers, now) = (Breakers::default(), Instant::now());
+        for nth in 0..MODELS_MAX + 5 {
+            fail(&mut breakers, &format!("m{nth}"), 1, now);
+        }
+        assert_eq!(breakers.shut(now).0, 1);
+        let later = now + Duration::from_secs(31);
+        breakers.of_mut(&"late".into(), &rules(), later);
+        assert_eq!(breakers.shut(later), (0, 1));
+        assert!(breakers.known("another").is_none());
+    }
+
+    #[test]
+    fn who_tried_as_one_of_many_ends_it_also_with_a_breaker_of_its_own() {
+        let (mut breakers, now) = (Breakers::default(), Instant::now());
+        for nth in 0..MODELS_MAX + 5 {
+            fail(&mut breakers, &format!("m{nth}"), 1, now);
+        }
+        breakers.known("another").unwrap().begin_try(7, now);
+        breakers.own.remove("m0");
+        breakers.end_try(7, now);
+        let later = now + Duration::from_secs(7);
+        assert_eq!(
+            breakers.rest.says(later),
+            crate::upstreams::breaker::Says::Try
+        );
     }
 
     #[test]

@@ -47,6 +47,11 @@ impl Gate {
         }
     }
 
+    /// Returns since when it has been shut.
+    pub(super) fn since(&self) -> Option<Instant> {
+        self.shut.as_ref().map(|shut| shut.since)
+    }
+
     /// Returns whether nobody tries right now.
     pub(super) fn is_untried(&self) -> bool {
         self.shut.as_ref().is_none_or(|shut| shut.ticket == 0)

@@ -9,7 +9,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -44,6 +44,9 @@ pub struct Group {
     /// How much of its traffic may be tries after the first.
     pub budget: Arc<Budget>,
     strategy: Arc<dyn Strategy>,
+    /// Held while it is decided whether one more may go: two that fail at the
+    /// same time must not both be the last that can be spared.
+    sparing: Mutex<()>,
 }
 
 /// What a pick came to.
@@ -187,6 +190,7 @@ impl Group {
             waiting,
             budget,
             strategy: (strategy.make)(),
+            sparing: Mutex::new(()),
         }))
     }
 
@@ -244,12 +248,21 @@ impl Group {
     /// should have opened but [`eject_max`](config::Group::eject_max) forbids
     /// it.
     pub fn failed(&self, slot: &Slot, fault: Fault, now: Instant) -> bool {
+        let _one_at_a_time = self.sparing();
         slot.failed((fault, self.spare(slot, now)), now)
+    }
+
+    /// Notes that a request could not be sent. Returns what [`Self::failed`]
+    /// does.
+    pub fn unsent(&self, slot: &Slot, now: Instant) -> bool {
+        let _one_at_a_time = self.sparing();
+        slot.unsent(self.spare(slot, now), now)
     }
 
     /// Notes that the server turned a request away (503, 529) without asking for
     /// a pause. Returns what [`Self::failed`] does.
     pub fn turned_away(&self, slot: &Slot, now: Instant) -> bool {
+        let _one_at_a_time = self.sparing();
         slot.turned_away(self.spare(slot, now), now)
     }
 
@@ -264,7 +277,7 @@ impl Group {
                 continue;
             }
             all += 1;
-            let this = Arc::ptr_eq(upstream, slot.upstream());
+            let this = upstream.name == slot.upstream().name;
             out += u64::from(this || !upstream.available(model, now));
         }
         if out <= self.config.eject_max.of(all).max(1) {
@@ -272,6 +285,10 @@ impl Group {
         } else {
             Spare::No
         }
+    }
+
+    fn sparing(&self) -> MutexGuard<'_, ()> {
+        self.sparing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn soonest_first(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Candidates<'_> {
@@ -420,6 +437,30 @@ pub(super) mod tests {
         assert!(group.pick_any(&"qwen".into(), &[], now).is_none());
         drop(slots);
         chosen(group.pick(&"qwen".into(), &[], 0, now));
+    }
+
+    #[test]
+    fn two_that_fail_at_the_same_time_are_never_both_taken_out() {
+        let yaml = "upstreams: [ { name: a, url: 'http://10.0.0.1' }, { name: b, url: 'http://10.0.0.2' } ]";
+        for _ in 0..200 {
+            let (group, now) = (build(yaml, &[], &[]), Instant::now());
+            let start = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                for upstream in &group.upstreams {
+                    let (group, start) = (&group, &start);
+                    scope.spawn(move || {
+                        start.wait();
+                        for _ in 0..8 {
+                            if let Ok(slot) = upstream.try_admit(&"m".into(), now) {
+                                group.failed(&slot, Fault::Answer, now);
+                            }
+                        }
+                    });
+                }
+            });
+            let left = group.upstreams.iter().filter(|one| one.available("m", now));
+            assert_eq!(left.count(), 1);
+        }
     }
 
     #[test]

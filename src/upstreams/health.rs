@@ -45,11 +45,10 @@ const LINK: Pauses = Pauses {
     first: Duration::from_secs(1),
     longest: Duration::from_secs(30),
 };
-/// After checks that failed, for the one request that tries when there is
-/// nobody else.
+/// After checks that failed, until one request tries when there is nobody else.
 const CHECKS: Pauses = Pauses {
     first: Duration::from_secs(1),
-    longest: Duration::from_secs(5),
+    longest: Duration::from_secs(1),
 };
 /// After 401: only people mend a key, or a new one.
 const KEY_REFUSED: Pauses = Pauses {
@@ -119,6 +118,9 @@ struct Inner {
     link: Gate,
     /// Whether the connect that failed took long.
     link_slow: bool,
+    /// When a connect last failed of an upstream that was not known to be
+    /// unreachable.
+    link_lost: Option<Instant>,
     checks: Gate,
     key: Gate,
     key_fault: KeyFault,
@@ -130,6 +132,8 @@ struct Inner {
     /// When a whole answer or a first token last came.
     last_good: Option<Instant>,
     schedule: Schedule,
+    /// When people said to forget what is known, if that is not checked yet.
+    doubted: Option<Instant>,
     tickets: u64,
     status: Status,
 }
@@ -138,6 +142,8 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Cool {
     until: Option<Instant>,
+    /// When the last one that named no time began.
+    since: Option<Instant>,
     limited: bool,
     /// How many in a row named no time.
     times: u32,
@@ -155,6 +161,20 @@ impl Health {
         Self::make(true, now)
     }
 
+    /// Makes the state of an upstream that has the place of another: nothing is
+    /// known of it but that people drain it, and what was last told of it.
+    pub(super) fn after(old: &Self, off: bool, now: Instant) -> Self {
+        let new = Self::make(off, now);
+        {
+            let (old, mut inner) = (old.lock(), new.lock());
+            inner.drained = old.drained;
+            inner.status = old.status;
+            inner.breakers.follow(&old.breakers);
+            new.troubled.store(off || inner.drained, SeqCst);
+        }
+        new
+    }
+
     fn make(off: bool, now: Instant) -> Self {
         let state = if off { State::Off } else { State::Ready };
         Self {
@@ -164,6 +184,7 @@ impl Health {
             inner: Mutex::new(Inner {
                 link: Gate::default(),
                 link_slow: false,
+                link_lost: None,
                 checks: Gate::default(),
                 key: Gate::default(),
                 key_fault: KeyFault::Refused,
@@ -174,6 +195,7 @@ impl Health {
                 ramp_from: None,
                 last_good: None,
                 schedule: Schedule::new(now),
+                doubted: None,
                 tickets: 0,
                 status: Status {
                     state,
@@ -303,12 +325,12 @@ impl Health {
 
     /// Lets the next request try, if this one told nothing. A ticket that is not
     /// the current one changes nothing.
-    pub(super) fn end_try(&self, model: &str, ticket: u64, policy: &Policy, now: Instant) {
+    pub(super) fn end_try(&self, ticket: u64, policy: &Policy, now: Instant) {
         self.change(policy, now, |inner| {
             inner.link.end_try(ticket);
             inner.checks.end_try(ticket);
             inner.key.end_try(ticket);
-            inner.breakers.known(model).end_try(ticket, now);
+            inner.breakers.end_try(ticket, now);
         });
     }
 
@@ -319,10 +341,36 @@ impl Health {
     pub fn not_sent(&self, took: Duration, policy: &Policy, now: Instant) {
         self.change(policy, now, |inner| {
             if inner.link.shut(LINK, now) {
+                inner.link_lost = Some(now);
                 inner.schedule.soon(now);
             }
             inner.link_slow = took >= QUICK;
         });
+    }
+
+    /// Counts, as a failure of its model, a request that could not be sent; so
+    /// one that its checks can reach, but requests cannot, is left alone for
+    /// longer and longer. Of an upstream that is known to be unreachable the
+    /// attempts that are made all the same count only where they are how one
+    /// finds out, which is where there are no checks. Returns what
+    /// [`Self::failed`] does.
+    pub(super) fn unsent(
+        &self,
+        model: &Arc<str>,
+        policy: &Policy,
+        spare: Spare,
+        began: Instant,
+        now: Instant,
+    ) -> bool {
+        let lost = {
+            let inner = self.lock();
+            match policy.check.enabled {
+                true => inner.link_lost,
+                false => inner.link.since(),
+            }
+        };
+        let is_news = lost.is_some_and(|lost| lost >= began);
+        is_news && self.failed(model, policy, (Fault::Death, spare), began, now)
     }
 
     /// Notes that it answers a request that began at `began`, whatever it says.
@@ -361,8 +409,9 @@ impl Health {
     /// Notes the end of a request whose first token was noted.
     pub(super) fn token_over(&self, model: &str) {
         let mut inner = self.lock();
-        let breaker = inner.breakers.known(model);
-        breaker.answering = breaker.answering.saturating_sub(1);
+        if let Some(breaker) = inner.breakers.known(model) {
+            breaker.answering = breaker.answering.saturating_sub(1);
+        }
     }
 
     /// Notes a whole answer.
@@ -383,11 +432,13 @@ impl Health {
                 changed = true;
             }
         }
-        if inner.link.open_by(began) | inner.checks.open_by(began) | inner.key.open_by(began) {
+        // What its checks say is theirs to take back.
+        if inner.link.open_by(began) | inner.key.open_by(began) {
             inner.recover(now);
             changed = true;
         }
-        if inner.cool.until.is_none_or(|until| until <= now) {
+        // An answer that began before the limit was reached says nothing of it.
+        if inner.cool.since.is_none_or(|since| began > since) {
             inner.cool.times = 0;
         }
         if changed {
@@ -417,8 +468,7 @@ impl Health {
         came == Came::Spared
     }
 
-    /// Notes that it turned a request away (503, 529) without asking for a
-    /// pause: a failure, unless it is just answering others with this model, and
+    /// Notes that it turned a request away (503, 529): a failure, unless it is just answering others with this model, and
     /// so is only busy. Returns what [`Self::failed`] does.
     pub(super) fn turned_away(
         &self,
@@ -436,12 +486,16 @@ impl Health {
         !busy && self.failed(model, policy, (Fault::Answer, spare), began, now)
     }
 
-    /// Notes that it asked for a pause. Never shortens a pause that runs.
-    pub fn cool(&self, pause: Duration, policy: &Policy, now: Instant) {
+    /// Notes that it asked for a pause. Never shortens a pause that runs; returns
+    /// whether none did.
+    pub fn cool(&self, pause: Duration, policy: &Policy, now: Instant) -> bool {
+        let mut is_new = false;
         self.change(policy, now, |inner| {
+            is_new = inner.cool.until.is_none_or(|until| until <= now);
             inner.cool(pause.min(COOL_MAX), now);
             inner.cool.limited = false;
         });
+        is_new
     }
 
     /// The same, because of its rate limit; `None` if it did not say how long.
@@ -455,6 +509,7 @@ impl Health {
                 None => {
                     let times = inner.cool.times.min(20);
                     inner.cool.times += 1;
+                    inner.cool.since = Some(now);
                     COOL_FIRST
                         .saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX))
                         .min(policy.cooldown)
@@ -503,8 +558,13 @@ impl Health {
             let outweighed = *checked == Checked::Silent
                 && !inner.link.is_shut()
                 && inner.last_good.is_some_and(|at| at >= began);
+            // It was asked because people say that it is well: once is enough.
+            let hasty = inner.doubted.is_some_and(|at| began >= at);
             if !outweighed {
-                inner.checked(checked, policy, now);
+                inner.checked(checked, hasty, policy, now);
+            }
+            if hasty {
+                inner.doubted = None;
             }
             let well =
                 !inner.link.is_shut() && !inner.checks.is_shut() && inner.loading_until.is_none();
@@ -514,11 +574,16 @@ impl Health {
 
     // --- people, and time ---
 
-    /// Forgets everything but whether it is off or draining.
+    /// Forgets everything but whether it is off or draining. What a check can
+    /// find out is not forgotten but asked at once, and the first answer counts.
     pub fn reset(&self, policy: &Policy, now: Instant) {
         self.change(policy, now, |inner| {
-            inner.link.open();
-            inner.checks.open();
+            if policy.check.enabled && (inner.link.is_shut() || inner.checks.is_shut()) {
+                inner.doubted = Some(now);
+            } else {
+                inner.link.open();
+                inner.checks.open();
+            }
             inner.key.open();
             inner.loading_until = None;
             inner.cool = Cool::default();
@@ -526,6 +591,12 @@ impl Health {
             inner.ramp_from = None;
             inner.schedule = Schedule::new(now);
         });
+    }
+
+    /// Returns whether it was reset, and it is still being asked what that
+    /// changes.
+    pub fn is_doubted(&self) -> bool {
+        self.lock().doubted.is_some()
     }
 
     /// Gives it nothing new from now on, or something again.
@@ -541,13 +612,15 @@ impl Health {
     /// Notices what only time changes: pauses that are over, streams that have
     /// flowed long enough. Called about ten times a second.
     pub(super) fn tick(&self, policy: &Policy, now: Instant) {
-        if !self.off {
-            self.change(policy, now, |inner| {
-                if inner.breakers.settle(now) == Came::Changed {
-                    inner.recover(now);
-                }
-            });
-        }
+        self.change(policy, now, |inner| {
+            if inner.breakers.settle(now) == Came::Changed {
+                inner.recover(now);
+            }
+            // A reload has ended the checks: nobody would take back what they said.
+            if !policy.check.enabled && (inner.checks.open() || inner.schedule.fails() > 0) {
+                inner.schedule = Schedule::new(now);
+            }
+        });
     }
 
     fn change(&self, policy: &Policy, now: Instant, change: impl FnOnce(&mut Inner)) {
@@ -564,7 +637,11 @@ impl Health {
         let ramp = inner.climb(policy, now);
         self.ramp.store(ramp, SeqCst);
         let status = if self.off {
-            return;
+            Status {
+                state: State::Off,
+                reason: Reason::None,
+                wait: None,
+            }
         } else {
             inner.look(policy, now)
         };
@@ -622,7 +699,11 @@ impl Inner {
             (Some(rules), Some(breaker)) => breaker.says_in_panic(rules, now),
             _ => Says::Go,
         };
-        let checks = self.checks.says(now);
+        let answers = self.checks.since() <= self.last_good;
+        let checks = match self.checks.is_shut() && answers {
+            true => Says::Go,
+            false => self.checks.says(now),
+        };
         self.all(&[link, checks, self.key.says(now), breaker], now)
     }
 
@@ -646,7 +727,9 @@ impl Inner {
         self.link.begin_try(ticket);
         self.checks.begin_try(ticket);
         self.key.begin_try(ticket);
-        self.breakers.known(model).begin_try(ticket, now);
+        if let Some(breaker) = self.breakers.known(model) {
+            breaker.begin_try(ticket, now);
+        }
         Leave::Try(ticket)
     }
 
@@ -655,7 +738,8 @@ impl Inner {
             until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
         };
         let breaker = self.breakers.of(model);
-        let asked = match self.loading_until.is_some() || self.checks.is_shut() {
+        let loading = self.loading_until.is_some_and(|until| until > now);
+        let asked = match loading || self.checks.is_shut() {
             true => policy.check.every.get(),
             false => Duration::ZERO,
         };
@@ -743,11 +827,11 @@ impl Inner {
         self.loading_until = Some(now + pause);
     }
 
-    fn checked(&mut self, checked: &Checked, policy: &Policy, now: Instant) {
+    fn checked(&mut self, checked: &Checked, hasty: bool, policy: &Policy, now: Instant) {
         let check = &policy.check;
         match checked {
             Checked::Good => {
-                let enough = self.schedule.good() >= check.rise;
+                let enough = self.schedule.good() >= check.rise || hasty;
                 // A model that was loading says by itself that it is there.
                 let loaded = self.loading_until.take().is_some();
                 if (enough || loaded) && (self.link.open() | self.checks.open() | loaded) {
@@ -763,7 +847,9 @@ impl Inner {
             Checked::Silent | Checked::Bad(_) => {
                 if self.schedule.bad() >= check.fall {
                     self.loading_until = None;
-                    self.checks.shut(CHECKS, now);
+                    if !self.checks.is_shut() {
+                        self.checks.shut(CHECKS, now);
+                    }
                 }
             }
         }
@@ -904,7 +990,7 @@ mod tests {
         };
         assert_eq!(bench.admit("m"), None);
         assert_eq!(bench.admit("another model"), None);
-        bench.health.end_try("m", ticket, &bench.policy, bench.now);
+        bench.health.end_try(ticket, &bench.policy, bench.now);
         assert!(matches!(bench.admit("m"), Some(Leave::Try(_))));
         bench.succeed("m");
         assert_eq!(bench.admit("m"), Some(Leave::Free));
@@ -1067,6 +1153,91 @@ mod tests {
     }
 
     #[test]
+    fn connects_that_fail_although_checks_are_good_open_the_breaker() {
+        let mut bench = Bench::new("{}");
+        let model: Arc<str> = "m".into();
+        let unsent = |bench: &mut Bench| {
+            let began = bench.now;
+            bench.later(0.001).not_sent();
+            let Bench { health, policy, .. } = bench;
+            // A crowd that fails together fails once.
+            for _ in 0..10 {
+                health.unsent(&model, policy, Spare::Yes, began, bench.now);
+            }
+        };
+        for _ in 0..5 {
+            assert_eq!(bench.says("m"), Says::Go);
+            unsent(&mut bench);
+            bench.later(0.1).check(&Checked::Good).check(&Checked::Good);
+        }
+        assert_eq!(bench.says("m"), Says::Stop);
+        assert_eq!(bench.state(), (State::Down, Reason::Breaker));
+    }
+
+    #[test]
+    fn asking_again_who_is_known_to_be_unreachable_opens_no_breaker_if_checks_tell() {
+        for (mut bench, opens) in [(Bench::new("{}"), false), (Bench::unchecked(), true)] {
+            let model: Arc<str> = "m".into();
+            for _ in 0..9 {
+                bench.not_sent();
+                let Bench { health, policy, .. } = &bench;
+                health.unsent(&model, policy, Spare::Yes, bench.now, bench.now);
+                bench.later(40.0);
+            }
+            let open = bench.health.breakers(bench.now).len() == 1;
+            assert_eq!(open, opens);
+        }
+    }
+
+    #[test]
+    fn an_answer_that_began_before_the_rate_limit_does_not_shorten_the_next_pause() {
+        let mut bench = Bench::new("{}");
+        let began = bench.now;
+        bench.later(1.0);
+        bench.health.limit(None, &bench.policy, bench.now);
+        bench.later(30.0);
+        let Bench { health, policy, .. } = &bench;
+        health.succeeded(&"m".into(), policy, began, bench.now);
+        health.limit(None, policy, bench.now);
+        assert_eq!(bench.wait(), secs(60.0));
+    }
+
+    #[test]
+    fn one_that_answers_although_its_checks_are_bad_stays_down_and_is_used_if_nobody_else_is_there()
+    {
+        let mut bench = Bench::new("{}");
+        bench.bad().bad().bad();
+        let panic = |bench: &Bench| {
+            let Bench { health, policy, .. } = bench;
+            health.admit_in_panic(&"m".into(), policy, bench.now)
+        };
+        assert_eq!(panic(&bench), None);
+        bench.later(1.3).bad();
+        let Some(Leave::Try(ticket)) = panic(&bench) else {
+            panic!("one may try");
+        };
+        assert_eq!(panic(&bench), None);
+        bench.succeed("m");
+        bench.health.end_try(ticket, &bench.policy, bench.now);
+        for _ in 0..5 {
+            assert_eq!(panic(&bench), Some(Leave::Free));
+            bench.succeed("m");
+            bench.later(1.0).bad();
+            assert_eq!(bench.state(), (State::Down, Reason::Check));
+            assert_eq!(bench.says("m"), Says::Stop);
+        }
+    }
+
+    #[test]
+    fn what_checks_said_is_forgotten_when_a_reload_ends_them() {
+        let mut bench = Bench::new("{}");
+        bench.bad().bad().bad();
+        bench.policy.check.enabled = false;
+        bench.health.tick(&bench.policy, bench.now);
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+    }
+
+    #[test]
     fn draining_takes_nothing_new_until_it_is_taken_back() {
         let bench = Bench::new("{}");
         bench.health.drain(true, &bench.policy, bench.now);
@@ -1082,9 +1253,34 @@ mod tests {
     }
 
     #[test]
-    fn reset_forgets_everything_but_that_it_is_off() {
-        let bench = Bench::new("{}");
+    fn one_that_is_reset_is_asked_at_once_and_the_first_answer_counts() {
+        let mut bench = Bench::new("{}");
         bench.not_sent().fail("m", 9).bad().bad().bad();
+        bench.later(1.0);
+        let reset = |bench: &Bench| bench.health.reset(&bench.policy, bench.now);
+        reset(&bench);
+        // Nobody knows better yet than that it cannot be reached.
+        assert_eq!(bench.state(), (State::Down, Reason::Connect));
+        assert!(bench.health.is_doubted());
+        assert!(bench.health.begin_check(&bench.policy, bench.now));
+        let old = bench.now - secs(0.5);
+        let good = Checked::Good;
+        bench.health.checked(&good, &bench.policy, old, bench.now);
+        assert!(bench.health.is_doubted(), "it was asked before");
+        bench.check(&good);
+        assert_eq!(bench.state(), (State::Ready, Reason::None));
+        assert!(!bench.health.is_doubted());
+        bench.not_sent();
+        reset(&bench);
+        bench.bad();
+        assert_eq!(bench.state(), (State::Down, Reason::Connect));
+        assert!(!bench.health.is_doubted());
+    }
+
+    #[test]
+    fn reset_forgets_everything_but_that_it_is_off() {
+        let bench = Bench::unchecked();
+        bench.not_sent().fail("m", 9);
         bench.health.limit(None, &bench.policy, bench.now);
         bench
             .health
@@ -1172,9 +1368,7 @@ mod tests {
                     _ => {}
                 }
                 if let Some(Leave::Try(ticket)) = leave {
-                    bench
-                        .health
-                        .end_try(model, ticket, &bench.policy, bench.now);
+                    bench.health.end_try(ticket, &bench.policy, bench.now);
                 }
             }
             // It is mended: checks say so, and whoever may try finds it so.

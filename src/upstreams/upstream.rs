@@ -172,7 +172,7 @@ impl UpstreamError {
 /// When something did, what describes the *server* is taken over as far as it
 /// is the same server: the requests under way and the addresses with the host
 /// and port; health too, unless the URL, the credential or TLS changed, which
-/// may have been the cure.
+/// may have been the cure. That people drain it holds for the name.
 ///
 /// `off` is for an `optional` upstream whose secret is not set: it is built
 /// without its secrets, and never available.
@@ -208,6 +208,7 @@ pub fn build(
         return Ok(Arc::clone(old));
     }
 
+    let by_name = previous;
     let same_server = |old: &&Arc<Upstream>| {
         old.config.name == config.name && (&old.base.host, old.base.port) == (&base.host, base.port)
     };
@@ -231,8 +232,11 @@ pub fn build(
     let contexts = previous.map_or_else(Arc::default, |old| Arc::clone(&old.contexts));
     let health = match previous.filter(same_health) {
         Some(old) => Arc::clone(&old.health),
-        None if off => Arc::new(Health::off(now)),
-        None => Arc::new(Health::new(now)),
+        None => Arc::new(match (by_name, off) {
+            (Some(old), _) => Health::after(&old.health, off, now),
+            (None, true) => Health::off(now),
+            (None, false) => Health::new(now),
+        }),
     };
     let group_key = previous
         .filter(|old| same_tls(old))
@@ -615,7 +619,15 @@ impl Slot {
         health.failed(&self.model, policy, how, self.since, now)
     }
 
-    /// Notes that it was turned away (503, 529) without a word of a pause.
+    /// Notes that it could not be sent, for the breaker; what this means for the
+    /// whole upstream was told to [`Upstream::not_sent`]. Returns what
+    /// [`Self::failed`] does.
+    pub(super) fn unsent(&self, spare: Spare, now: Instant) -> bool {
+        let Upstream { health, policy, .. } = &*self.upstream;
+        health.unsent(&self.model, policy, spare, self.since, now)
+    }
+
+    /// Notes that it was turned away (503, 529).
     /// Returns what [`Self::failed`] does.
     pub(super) fn turned_away(&self, spare: Spare, now: Instant) -> bool {
         self.reached(now);
@@ -624,9 +636,10 @@ impl Slot {
     }
 
     /// Notes that the upstream asked for a pause because it is overloaded.
-    pub fn cool(&self, pause: Duration, now: Instant) {
+    /// Returns whether it was not pausing already.
+    pub fn cool(&self, pause: Duration, now: Instant) -> bool {
         self.accepted(now);
-        self.upstream.health.cool(pause, &self.upstream.policy, now);
+        self.upstream.health.cool(pause, &self.upstream.policy, now)
     }
 
     /// Notes that its rate limit is reached; `None` if it did not say how long.
@@ -684,7 +697,7 @@ impl Drop for Slot {
             health.token_over(&self.model);
         }
         if let Some(ticket) = self.ticket {
-            health.end_try(&self.model, ticket, policy, Instant::now());
+            health.end_try(ticket, policy, Instant::now());
         }
         self.free();
     }
@@ -1066,6 +1079,28 @@ pub(super) mod tests {
         let moved = rebuilt("{ name: a, url: 'http://10.0.0.2', concurrent: 1 }", &old);
         assert_eq!(moved.status(Instant::now()).state, State::Ready);
         assert_eq!(moved.addresses.all(), ["10.0.0.2:80".parse().unwrap()]);
+    }
+
+    #[test]
+    fn who_people_drain_is_drained_wherever_a_reload_moves_it_and_what_was_told_is_taken_back() {
+        let events = Arc::new(crate::events::Events::new(Arc::default()));
+        let mut heard = events.subscribe();
+        let old = built("{ name: a, url: 'http://10.0.0.1' }");
+        let now = Instant::now();
+        old.health.tell(&old.name, &events);
+        refuse(&old, now);
+        let moved = rebuilt("{ name: a, url: 'http://10.0.0.2' }", &old);
+        moved.health.tell(&moved.name, &events);
+        moved.tick(now);
+        let states = std::iter::from_fn(|| heard.try_recv().ok()).map(|event| match event.change {
+            crate::events::Change::State { from, to, .. } => format!("{from} {to}"),
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(states.collect::<Vec<_>>(), ["ready down", "down ready"]);
+        moved.drain(true, now);
+        let moved = rebuilt("{ name: a, url: 'http://10.0.0.3' }", &moved);
+        assert_eq!(moved.status(now).state, State::Draining);
+        assert_eq!(admit(&moved, now).unwrap_err(), Refusal::Unavailable);
     }
 
     #[test]

@@ -61,6 +61,24 @@ async fn reset_brings_one_or_all_back_at_once() {
 }
 
 #[tokio::test]
+async fn reset_says_what_a_check_finds_of_one_that_could_not_be_reached() {
+    let (a, b) = (sim("a").await, sim("b").await);
+    let yaml = group_with(&["check: { every: 1h }"], &[&a, &b]);
+    let gateway = Gateway::start(&yaml).await;
+    let admin = format!("http://{}", gateway.admin);
+    a.stop().await;
+    for _ in 0..2 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.upstream(), "b");
+    }
+    let reset = async || said(&ctl(&["reset", "a", "--admin", &admin], &[]).await);
+    let line = reset().await;
+    assert!(line.contains("down") && line.contains("connect"), "{line}");
+    a.start_again().await.unwrap();
+    let line = reset().await;
+    assert!(line.contains("ready"), "{line}");
+}
+
+#[tokio::test]
 async fn drain_and_undrain_take_an_upstream_out_and_in() {
     let (a, b) = (sim("a").await, sim("b").await);
     let gateway = Gateway::start(&one_group(&[&a, &b])).await;

@@ -101,6 +101,26 @@ async fn one_that_stopped_is_down_before_anybody_asks_it_and_back_soon_after_it_
 }
 
 #[tokio::test]
+async fn the_only_one_that_answers_although_its_check_is_broken_is_used_and_shown_as_down() {
+    let only = sim("only").await;
+    let gateway = Gateway::start(&group_with(&[OFTEN], &[&only])).await;
+    only.fault("status=500;path=/health").await.unwrap();
+    gateway.state_becomes("only", "down check").await;
+    // Until one has tried, the others are turned away.
+    eventually("one may try", || async {
+        post_chat(gateway.addr, &chat("demo")).await.status == 200
+    })
+    .await;
+    for _ in 0..20 {
+        checks(&gateway, "only", "bad", 1.0).await;
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+        assert_eq!(gateway.state("only").await, "down check");
+    }
+    let log = gateway.log();
+    assert_eq!(log.matches("upstream's state changed").count(), 2, "{log}");
+}
+
+#[tokio::test]
 async fn a_good_check_does_not_undo_a_breaker() {
     let (grey, good) = (sim("grey").await, sim("good").await);
     // Every model call fails; /health is fine.
