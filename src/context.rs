@@ -5,12 +5,15 @@
 //! how it ended, made once.
 
 use std::{
+    any::Any,
     borrow::Cow,
+    fmt,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use http::{HeaderMap, Method};
 
 use crate::openai::{ApiRequest, Usage};
@@ -34,11 +37,18 @@ pub struct RequestContext {
     /// The parsed body of a model call; `None` before the body is in, and for
     /// the calls that have none.
     pub request: Option<ApiRequest>,
+    /// The body of a model call as the client sent it: plugins edit `request`,
+    /// never this. `None` as long as that is.
+    pub received: Option<Bytes>,
+    /// Fields that plugins add to the head of whatever is answered, errors too;
+    /// what was put here after the head went out is lost.
+    pub reply: HeaderMap,
     /// Who is calling; `None` when no auth plugin is in the list.
     pub principal: Option<Arc<Principal>>,
     /// Where the exchange may go.
     pub restrict: Restrict,
-    /// The label of the route that was taken; empty before.
+    /// The label of the route that was taken; before the plugins have run, of
+    /// the one that the client's own words lead to; empty before the body is in.
     pub route: Arc<str>,
     /// Every try at an upstream, in order.
     pub attempts: Vec<Attempt>,
@@ -46,12 +56,120 @@ pub struct RequestContext {
     pub queued: Duration,
     /// How often another upstream went on with the answer.
     pub takeovers: u32,
+    /// Events with content that came from upstreams: what is known of the
+    /// tokens of a stream that breaks off before its usage.
+    pub content_events: u64,
+    /// What each plugin keeps of this request.
+    pub own: Own,
 }
 
 impl RequestContext {
+    /// Makes the context of a request whose header is in.
+    pub fn new(
+        id: Arc<str>,
+        client_ip: IpAddr,
+        method: Method,
+        path: Arc<str>,
+        headers: HeaderMap,
+    ) -> Self {
+        Self {
+            id,
+            started: Instant::now(),
+            client_ip,
+            method,
+            path,
+            headers,
+            request: None,
+            received: None,
+            reply: HeaderMap::new(),
+            principal: None,
+            restrict: Restrict::default(),
+            route: Arc::from(""),
+            attempts: Vec::new(),
+            queued: Duration::ZERO,
+            takeovers: 0,
+            content_events: 0,
+            own: Own::default(),
+        }
+    }
+
     /// Returns the name of the caller for logs and labels; `-` for a stranger.
     pub fn caller(&self) -> &str {
         self.principal.as_ref().map_or("-", |who| &who.name)
+    }
+}
+
+/// What the plugins of a list keep of one request: a place for each, that the
+/// others cannot reach, also where a plugin is in the list twice.
+///
+/// A hook that works on its own state and on the rest of the context takes it
+/// out and puts it back.
+#[derive(Default)]
+pub struct Own {
+    places: Vec<Option<Box<dyn Any + Send + Sync>>>,
+    current: usize,
+    spent: Vec<Duration>,
+}
+
+impl Own {
+    /// Says whose hook runs from now on, by its place in the list. For the
+    /// chain alone.
+    pub fn enter(&mut self, place: usize) {
+        self.current = place;
+    }
+
+    /// Adds to the time that the plugin took of this answer's events.
+    pub fn spend(&mut self, time: Duration) {
+        if self.spent.len() <= self.current {
+            self.spent.resize(self.current + 1, Duration::ZERO);
+        }
+        if let Some(spent) = self.spent.get_mut(self.current) {
+            *spent += time;
+        }
+    }
+
+    /// Returns the sum of what was spent; `None` if nothing was.
+    pub fn spent(&self) -> Option<Duration> {
+        self.spent.get(self.current).copied()
+    }
+
+    /// Keeps a value for the hooks to come; what was there is dropped.
+    pub fn put<T: Any + Send + Sync>(&mut self, value: T) {
+        if self.places.len() <= self.current {
+            self.places.resize_with(self.current + 1, || None);
+        }
+        if let Some(place) = self.places.get_mut(self.current) {
+            *place = Some(Box::new(value));
+        }
+    }
+
+    /// Returns the value, if one of this type was kept.
+    pub fn get<T: Any>(&self) -> Option<&T> {
+        self.places.get(self.current)?.as_ref()?.downcast_ref()
+    }
+
+    /// Returns the value for changing.
+    pub fn get_mut<T: Any>(&mut self) -> Option<&mut T> {
+        self.places.get_mut(self.current)?.as_mut()?.downcast_mut()
+    }
+
+    /// Takes the value out; of another type it stays.
+    pub fn take<T: Any>(&mut self) -> Option<Box<T>> {
+        let place = self.places.get_mut(self.current)?;
+        match place.take()?.downcast() {
+            Ok(value) => Some(value),
+            Err(other) => {
+                *place = Some(other);
+                None
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Own {
+    /// Nothing of what is kept: it may be what a user wrote.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Own").finish_non_exhaustive()
     }
 }
 
@@ -235,4 +353,26 @@ pub struct Outcome {
     pub bytes_out: u64,
     /// The tokens, if the upstream told.
     pub usage: Option<Usage>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_plugin_finds_its_own_and_nobody_elses() {
+        let mut own = Own::default();
+        own.enter(2);
+        own.put(1_u32);
+        own.enter(0);
+        assert_eq!(own.get::<u32>(), None);
+        own.put("mine");
+        own.enter(2);
+        *own.get_mut::<u32>().unwrap() += 1;
+        assert_eq!(own.take::<&str>(), None);
+        assert_eq!(own.take::<u32>().as_deref(), Some(&2));
+        assert_eq!(own.take::<u32>(), None);
+        own.enter(0);
+        assert_eq!(own.get::<&str>(), Some(&"mine"));
+    }
 }

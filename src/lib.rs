@@ -22,7 +22,7 @@
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
-//! | 1 | [`context`], [`events`], [`resources`] | one request; what changed; what outlives a snapshot |
+//! | 1 | [`context`], [`events`], [`resources`], [`worker`] | one request; what changed; what outlives a snapshot; work beside the requests |
 //! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
@@ -31,14 +31,15 @@
 //!    Local answers (`/health`, `/v1/models`, …) end here.
 //! 3. Plugins' `on_headers`: strangers are turned away before a body is read.
 //! 4. `proxy/body`: size, deadline, `Expect`; [`openai::ApiRequest`] checks it in
-//!    one pass and keeps its bytes. Plugins' `on_request`.
+//!    one pass and keeps its bytes. Plugins' `on_parsed`, then `on_request`.
 //! 5. [`routes`] gives the plan: groups in order.
 //! 6. `proxy/exchange` makes the attempts: choose an upstream and a slot,
 //!    connect, send, wait for the header, judge. All of it while the client is
 //!    watched, and kept patient by comments if it streams.
 //! 7. The commit: a whole answer (`proxy/answer`), or the first meaningful event
 //!    of a stream (`proxy/relay`). Before it another upstream may be tried;
-//!    after it another may only go on with a stream (`proxy/takeover`).
+//!    after it another may only go on with a stream (`proxy/takeover`). Plugins
+//!    see an answer from here on: those that edit it, then those that watch.
 //! 8. `proxy/record`: metrics, the access line, plugins' `on_finish`; once.
 //!
 //! # Life of a configuration
@@ -92,3 +93,4 @@ pub mod server;
 pub mod sim;
 pub mod status;
 pub mod upstreams;
+pub mod worker;

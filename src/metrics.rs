@@ -24,6 +24,9 @@ const QUEUE_BUCKETS: &[f64] = &[
     0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
 
+/// Seconds, from a look at a header to a search of the web.
+const PLUGIN_BUCKETS: &[f64] = &[0.000_01, 0.000_1, 0.001, 0.01, 0.1, 1.0, 10.0];
+
 /// The process's metrics. Made once.
 pub struct Metrics {
     registry: Registry,
@@ -91,6 +94,8 @@ pub struct Metrics {
     pub prompts_cut: IntCounterVec,
     /// Connections to upstreams, by whether they came from the pool.
     pub connections: IntCounterVec,
+    /// Seconds that plugins took, by plugin, hook and what came of it.
+    pub plugins: HistogramVec,
     /// Reloads of the configuration, by result.
     pub reloads: IntCounterVec,
     /// Whether the last reload worked.
@@ -260,6 +265,12 @@ impl Metrics {
                 "forebay_upstream_connections_total",
                 "Connections used for tries at upstreams",
                 &["upstream", "source"],
+            ),
+            plugins: all.histograms(
+                "forebay_plugin_seconds",
+                "Time that the hooks of plugins took, by what came of it",
+                &["plugin", "hook", "verdict"],
+                PLUGIN_BUCKETS,
             ),
             reloads: all.counters(
                 "forebay_config_reloads_total",

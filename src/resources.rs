@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::{events::Events, metrics::Metrics};
+use crate::{events::Events, metrics::Metrics, worker::Workers};
 
 type Shared = HashMap<(TypeId, String), Arc<dyn Any + Send + Sync>>;
 
@@ -18,6 +18,8 @@ pub struct Resources {
     pub metrics: Arc<Metrics>,
     /// What changed, for whoever wants to hear of it.
     pub events: Arc<Events>,
+    /// The threads that work beside the requests.
+    pub workers: Workers,
     shared: Mutex<Shared>,
 }
 
@@ -27,6 +29,7 @@ impl Resources {
         Self {
             events: Arc::new(Events::new(Arc::clone(&metrics))),
             metrics,
+            workers: Workers::default(),
             shared: Mutex::new(HashMap::new()),
         }
     }

@@ -380,6 +380,16 @@ impl Routes {
     }
 
     /// Returns the first route that fits, and its index.
+    /// Returns the label of the route that a model takes by its name alone;
+    /// empty if it takes none.
+    pub fn label(&self, model: &str) -> Arc<str> {
+        let model = self.aliases.get(model).map_or(model, |target| target);
+        match self.route(model) {
+            Some((_, route)) => Arc::clone(&route.label),
+            None => Arc::from(""),
+        }
+    }
+
     fn route(&self, model: &str) -> Option<(usize, &Route)> {
         self.routes
             .iter()

@@ -42,6 +42,8 @@ use crate::{
 
 /// How long requests on their way may take after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(300);
+/// How long what is left in the queues of the background threads may take.
+const WORKERS_STOP: Duration = Duration::from_secs(10);
 /// How often a draining process looks whether it is done.
 const DRAIN_LOOK: Duration = Duration::from_millis(50);
 /// How long an idle HTTP/2 connection is kept (Pingora's default is for ever).
@@ -149,10 +151,15 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
         snapshot.loaded.hash.chars().take(12).collect::<String>(),
     );
     drop(snapshot);
+    let resources = Arc::clone(&gateway.resources);
     let signals = Signals { gateway, draining };
     server.run(RunArgs {
         shutdown_signal: Box::new(signals),
     });
+    // No request is left: what they left to be written is all there is.
+    if !resources.workers.stop(WORKERS_STOP) {
+        log::warn!("not everything was written before the end");
+    }
     log::info!("forebay stopped");
     Ok(())
 }

@@ -12,6 +12,7 @@ use super::{
     cursor::Cursor,
     json::{self, Member, Object},
 };
+use crate::error::Result;
 
 /// A change to one top-level member.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +56,19 @@ impl ApiRequest {
             Some(body) => body.into(),
             None => self.raw.clone(),
         }
+    }
+
+    /// Makes these edits for good: what is read of the body is read anew.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse): the edits make it a body that no client might
+    /// send. The request is as it was then.
+    pub fn edit(&mut self, edits: &[Edit<'_>]) -> Result<()> {
+        if let Some(body) = splice(&self.raw, &self.object, edits) {
+            // The depth of what came was checked; edits are ours.
+            *self = Self::parse(self.endpoint, body.into(), usize::MAX)?;
+        }
+        Ok(())
     }
 
     /// Asks for another model; nothing if it is the one asked for.
@@ -310,6 +324,22 @@ mod tests {
             assert_eq!(seen, Value::Object(expected), "{raw}\n{edits:?}");
             json::scan(&out, 64).unwrap();
         }
+    }
+
+    #[test]
+    fn an_edit_for_good_is_read_anew_or_not_made() {
+        let mut request = chat("");
+        request
+            .edit(&[
+                Edit::set_text("model", "b"),
+                Edit::set("stream", &b"true"[..]),
+            ])
+            .unwrap();
+        assert_eq!((request.model.as_str(), request.stream), ("b", true));
+        assert!(text(&request.raw).contains(r#""model":"b""#));
+        let before = request.raw.clone();
+        assert!(request.edit(&[Edit::set("n", &b"\"x\""[..])]).is_err());
+        assert_eq!(request.raw, before);
     }
 
     #[test]

@@ -3,8 +3,6 @@
 //! [`inspect`] runs for every event of every stream: it makes one pass over the
 //! data with a [`Cursor`] and allocates nothing, unless the event is an error.
 
-use bytes::Bytes;
-
 use super::{
     Endpoint, Frame, UpstreamError,
     cursor::{Cursor, is_something},
@@ -71,7 +69,7 @@ pub fn inspect(endpoint: Endpoint, frame: &Frame) -> Facts {
 
 /// Returns the event without its top-level `usage`, for a client who did not
 /// ask for it; `None` if there is none to hide. `"usage":null` may stay.
-pub fn without_usage(frame: &Frame) -> Option<Bytes> {
+pub fn without_usage(frame: &Frame) -> Option<Frame> {
     let data = frame.data.as_deref()?;
     // Most events have none: this is cheaper than to parse them again. A quote
     // in a text is escaped, so that this finds keys (and whole strings) only.
@@ -98,7 +96,7 @@ pub fn without_usage(frame: &Frame) -> Option<Bytes> {
                 let rest = after.trim_ascii_start();
                 after = rest.strip_prefix(b",").unwrap_or(rest);
             }
-            return Some(frame.with_data(&[before, after].concat()));
+            return Some(frame.replaced(&[before, after].concat()));
         }
         from = end;
         is_first = false;
@@ -350,6 +348,8 @@ fn detail(cursor: &mut Cursor<'_>, name: &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::{super::Framer, *};
 
     fn frame(text: &str) -> Frame {
@@ -630,7 +630,7 @@ mod tests {
             let frame = frame(&format!("id: 7\ndata: {data}\n\n"));
             let out = without_usage(&frame).expect(data);
             let expected: serde_json::Value = serde_json::from_str(rest).unwrap();
-            let text = std::str::from_utf8(&out).unwrap();
+            let text = std::str::from_utf8(&out.raw).unwrap();
             let json = text
                 .strip_prefix("id: 7\ndata: ")
                 .and_then(|text| text.strip_suffix("\n\n"))

@@ -240,6 +240,29 @@ impl Framer {
 }
 
 impl Frame {
+    /// Makes an event of nothing but data, which has no line end in it.
+    pub fn of_data(data: &[u8]) -> Self {
+        const NAME: &[u8] = b"data: ";
+        let raw = Bytes::from([NAME, data, b"\n\n"].concat());
+        Self {
+            data: Some(raw.slice(NAME.len()..raw.len() - 2)),
+            event: None,
+            is_comment: false,
+            raw,
+        }
+    }
+
+    /// Makes the event that ends a stream of chat or text completions.
+    pub fn done() -> Self {
+        Self::of_data(b"[DONE]")
+    }
+
+    /// Returns the event with other data, as [`with_data`](Self::with_data).
+    #[must_use]
+    pub fn replaced(&self, data: &[u8]) -> Self {
+        Self::read(self.with_data(data))
+    }
+
     /// Reads the lines of an event; `raw` ends with a blank line and has no CR.
     fn read(raw: Bytes) -> Self {
         let mut data: Option<Bytes> = None;

@@ -3,38 +3,41 @@
 //! # The life of a plugin
 //! 1. [`Configure::configure`] builds it from its part of the YAML, once per
 //!    snapshot. An entry that has not changed keeps the plugin it had.
-//! 2. For each request the hooks of [`Plugin`] run: [`on_headers`] and
-//!    [`on_request`] in the order of the list, [`on_response`], [`on_event`]
-//!    and [`on_finish`] in reverse.
+//! 2. For each request the hooks of [`Plugin`] run: [`on_headers`],
+//!    [`on_parsed`] and [`on_request`] in the order of the list,
+//!    [`on_response`], [`on_event`], [`on_body`] and [`on_finish`] in reverse.
+//!    The [`Chain`] measures each of them and catches their panics.
 //! 3. It is dropped with the last request of the last snapshot that holds it.
 //!
 //! **Invariant:** a plugin never sees a connection. What it may know is in the
-//! [`RequestContext`].
+//! [`RequestContext`]; what it keeps of a request is in
+//! [`own`](RequestContext::own), what it keeps of all of them in the
+//! [`Resources`].
 //!
 //! [`on_headers`]: Plugin::on_headers
+//! [`on_parsed`]: Plugin::on_parsed
 //! [`on_request`]: Plugin::on_request
 //! [`on_response`]: Plugin::on_response
 //! [`on_event`]: Plugin::on_event
+//! [`on_body`]: Plugin::on_body
 //! [`on_finish`]: Plugin::on_finish
 
 mod auth;
 mod chain;
+mod entry;
+mod meter;
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
-use schemars::{JsonSchema, Schema, schema_for};
-use serde::de::DeserializeOwned;
-use serde_json::Value;
+use schemars::JsonSchema;
+use serde::{Deserialize, de::DeserializeOwned};
 
 pub use auth::{Auth, hash_token, new_token};
-pub use chain::Chain;
+pub use chain::{Chain, Passed};
+pub use entry::Entry;
 
 use crate::{
     config::Config,
@@ -48,6 +51,10 @@ use crate::{
 pub const PLUGINS: &[Entry] = &[Entry::of::<Auth>()];
 
 /// Watches and changes requests on their way.
+///
+/// An `Err` with a status of 400 to 499 is a *refusal*: what the plugin is there
+/// for. One of 500 or more, and a panic, is a *failure* of the plugin itself;
+/// what becomes of the request then is for `on_failure` of its settings to say.
 #[async_trait]
 pub trait Plugin: Send + Sync {
     /// Runs when the header is in and nothing of the body is: the place to turn
@@ -60,8 +67,20 @@ pub trait Plugin: Send + Sync {
         Ok(Flow::Continue)
     }
 
+    /// Runs when the body is parsed, for every plugin before any
+    /// [`on_request`](Self::on_request): takes out of the request what was meant
+    /// for this plugin alone, so that the others see the model and the
+    /// parameters that are really meant. Must not block.
+    ///
+    /// # Errors
+    /// An error is the client's answer.
+    fn on_parsed(&self, ctx: &mut RequestContext) -> Result<()> {
+        let _ = ctx;
+        Ok(())
+    }
+
     /// Runs when the body is parsed and no upstream is chosen. It may edit
-    /// `ctx.request` and narrow `ctx.restrict`.
+    /// `ctx.request`, narrow `ctx.restrict`, and put fields into `ctx.reply`.
     ///
     /// # Errors
     /// An error is the client's answer.
@@ -70,33 +89,61 @@ pub trait Plugin: Send + Sync {
         Ok(Flow::Continue)
     }
 
-    /// Runs once, before the head of the answer is sent; may edit it.
-    ///
-    /// # Errors
-    /// An error takes the answer's place.
-    async fn on_response(&self, ctx: &mut RequestContext, head: &mut ResponseHead) -> Result<()> {
+    /// Runs once, before the head of an upstream's answer is sent; may edit it.
+    async fn on_response(&self, ctx: &mut RequestContext, head: &mut ResponseHead) {
         let _ = (ctx, head);
-        Ok(())
     }
 
-    /// Returns whether [`on_event`](Self::on_event) is to be called. Asked once
-    /// per snapshot: events that nobody wants pass as the bytes they came in.
-    fn wants_events(&self) -> bool {
-        false
+    /// Returns what of the answers this plugin wants to be shown. Asked once per
+    /// snapshot: events that nobody wants pass as the bytes they came in.
+    fn wants(&self) -> Wants {
+        Wants::default()
     }
 
-    /// Runs for each event of a streamed answer; may edit it. Must not block.
+    /// Runs for each event of a streamed answer, comments excepted, if
+    /// [`Wants::edit`]: puts what is to go on in its place into `out`, which is
+    /// the event itself, several, or nothing. What it holds back it must let go
+    /// before the end: the event with the finish reason, or `[DONE]`, is its last
+    /// chance. Must not block.
+    ///
+    /// Events come in the order and with the text of the upstreams, also where
+    /// one went on with what another began.
     ///
     /// # Errors
     /// An error ends the stream with an error event.
-    fn on_event(&self, ctx: &mut RequestContext, event: &mut Frame) -> Result<()> {
-        let _ = (ctx, event);
+    fn on_event(
+        &self,
+        ctx: &mut RequestContext,
+        event: &Frame,
+        out: &mut Vec<Frame>,
+    ) -> Result<Pass> {
+        let _ = ctx;
+        out.push(event.clone());
+        Ok(Pass::On)
+    }
+
+    /// Runs for an answer that is one JSON object, if [`Wants::edit`]; may put
+    /// another in its place. An answer that came whole although the client asked
+    /// for a stream is told as events, and comes to
+    /// [`on_event`](Self::on_event). Must not block.
+    ///
+    /// # Errors
+    /// An error takes the answer's place.
+    fn on_body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
+        let _ = (ctx, body);
         Ok(())
+    }
+
+    /// Runs for everything of an answer that goes to the client, as it goes, if
+    /// [`Wants::see`]: after all edits, wherever in the list the plugin stands.
+    /// Must not block.
+    fn on_sent(&self, ctx: &mut RequestContext, sent: Sent<'_>) {
+        let _ = (ctx, sent);
     }
 
     /// Runs exactly once per request that [`on_headers`](Self::on_headers) saw,
     /// whatever happened. May only enqueue.
-    async fn on_finish(&self, ctx: &RequestContext, outcome: &Outcome) {
+    async fn on_finish(&self, ctx: &mut RequestContext, outcome: &Outcome) {
         let _ = (ctx, outcome);
     }
 
@@ -117,6 +164,44 @@ pub trait Plugin: Send + Sync {
     fn is_current(&self) -> bool {
         true
     }
+}
+
+/// What a plugin wants of the answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wants {
+    /// To change them: [`Plugin::on_event`] and [`Plugin::on_body`].
+    pub edit: bool,
+    /// To see what the client gets: [`Plugin::on_sent`].
+    pub see: bool,
+}
+
+/// What becomes of a stream after an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// It goes on.
+    On,
+    /// It ends here: what the plugin put out is the last of it, but for
+    /// `[DONE]`. The upstream is not asked for the rest.
+    End,
+}
+
+/// A part of an answer on its way to the client.
+#[derive(Clone, Copy, Debug)]
+pub enum Sent<'a> {
+    /// One event of a stream.
+    Event(&'a Frame),
+    /// All of an answer.
+    Whole(&'a Bytes),
+}
+
+/// What becomes of a request whose plugin failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFailure {
+    /// It goes on as if the plugin were not there.
+    Open,
+    /// It is refused.
+    Closed,
 }
 
 /// What becomes of a request after a hook.
@@ -154,6 +239,11 @@ pub struct ResponseHead {
 pub trait Configure: Plugin + Sized + 'static {
     /// What it is called in the YAML.
     const NAME: &'static str;
+    /// What becomes of a request when it fails, unless its settings say
+    /// otherwise with `on_failure`.
+    const ON_FAILURE: OnFailure = OnFailure::Closed;
+    /// Whether its settings may say so.
+    const MAY_FAIL_OPEN: bool = true;
     /// Its settings; the schema validates them before [`configure`](Self::configure).
     type Config: DeserializeOwned + JsonSchema;
 
@@ -182,38 +272,4 @@ pub struct ConfigError {
     pub path: String,
     /// What was expected.
     pub message: String,
-}
-
-/// One line of [`PLUGINS`].
-pub struct Entry {
-    /// The plugin's name.
-    pub name: &'static str,
-    /// Makes the JSON Schema of its settings.
-    pub schema: fn() -> Schema,
-    build: BuildFn,
-}
-
-/// Builds a plugin from its settings.
-type BuildFn = fn(Value, &Build<'_>) -> Result<Arc<dyn Plugin>, ConfigError>;
-
-impl Entry {
-    const fn of<P: Configure>() -> Self {
-        Self {
-            name: P::NAME,
-            schema: || schema_for!(P::Config),
-            build: |config, build| {
-                let config = serde_json::from_value(config).map_err(|why| ConfigError {
-                    path: P::NAME.to_owned(),
-                    message: why.to_string(),
-                })?;
-                Ok(Arc::new(P::configure(config, build)?))
-            },
-        }
-    }
-}
-
-impl fmt::Debug for Entry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name)
-    }
 }

@@ -19,11 +19,12 @@ use super::{
 use crate::{
     context::{Ending, Verdict},
     dialects::Decoder,
+    error::Error,
     openai::{
-        Endpoint, UpstreamError, cursor::is_whole_object, error_in_body, usage_of_body,
+        Endpoint, Framer, UpstreamError, cursor::is_whole_object, error_in_body, usage_of_body,
         whole::as_events,
     },
-    plugins::ResponseHead,
+    plugins::{ResponseHead, Sent, Wants},
 };
 
 /// The most that is reserved on the word of a `Content-Length`.
@@ -83,9 +84,7 @@ impl Attempt<'_> {
             let yes = HeaderValue::from_static("1");
             head.headers.insert(PROMPT_CUT, yes);
         }
-        if let Err(error) = self.chain.on_response(self.ctx, &mut head).await {
-            return Ok(Tried::PassOn(error));
-        }
+        self.chain.on_response(self.ctx, &mut head).await;
         let wanted = self.ctx.request.as_ref();
         let streamed = wanted.is_some_and(|request| request.stream);
         let want_usage = wanted.is_some_and(|request| request.include_usage == Some(true));
@@ -104,11 +103,15 @@ impl Attempt<'_> {
                 if endpoint != Endpoint::Responses {
                     out.put_slice(b"data: [DONE]\n\n");
                 }
+                let out = match self.shown_as_events(out.freeze()) {
+                    Ok(out) => out,
+                    Err(error) => return Ok(Tried::PassOn(error)),
+                };
                 let mut stream = event_stream(head.headers);
                 stream.headers.remove(header::CONTENT_LENGTH);
                 self.slot.free();
                 client.send_head(stream, None).await?;
-                client.finish(out.freeze()).await?;
+                client.finish(out).await?;
             }
             None if streamed => {
                 let cause = "a whole answer that cannot be told as a stream";
@@ -116,6 +119,15 @@ impl Attempt<'_> {
             }
             None => {
                 self.slot.free();
+                let mut body = body;
+                if self.chain.wants.edit
+                    && let Err(error) = self.chain.on_body(self.ctx, &mut body)
+                {
+                    return Ok(Tried::PassOn(error));
+                }
+                if self.chain.wants.see {
+                    self.chain.on_sent(self.ctx, Sent::Whole(&body));
+                }
                 client.send_head(head, Some(body.len())).await?;
                 client.finish(body).await?;
             }
@@ -129,6 +141,30 @@ impl Attempt<'_> {
             first_token: Some(first_token),
             usage,
         }))
+    }
+
+    /// Offers the events of a whole answer to the plugins, as if they had come
+    /// one by one.
+    fn shown_as_events(&mut self, events: Bytes) -> Result<Bytes, Error> {
+        if self.chain.wants == Wants::default() {
+            return Ok(events);
+        }
+        let mut framer = Framer::new(events.len() + 1);
+        framer.push(&events);
+        let mut out = BytesMut::with_capacity(events.len());
+        while let Some(Ok(frame)) = framer.next() {
+            let passed = self.chain.on_event(self.ctx, frame)?;
+            for frame in &passed.frames {
+                out.put_slice(&frame.raw);
+                if !frame.is_comment {
+                    self.chain.on_sent(self.ctx, Sent::Event(frame));
+                }
+            }
+            if passed.ended {
+                break;
+            }
+        }
+        Ok(out.freeze())
     }
 
     /// Turns an answer in another dialect into OpenAI's.

@@ -456,13 +456,15 @@ impl Attempt<'_> {
 
     /// Returns the header fields that tell who answered.
     pub(super) fn answer_headers(&self) -> HeaderMap {
-        super::respond::answer_headers(
+        let mut headers = super::respond::answer_headers(
             &self.ctx.id,
             &self.upstream.name,
             &self.step.group.name,
             self.number,
             self.step.fallback,
-        )
+        );
+        headers.extend(self.ctx.reply.clone());
+        headers
     }
 }
 

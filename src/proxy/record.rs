@@ -22,7 +22,7 @@ const TOKENS_MAX: u64 = 100_000_000;
 /// Records a request that ended. Called once per request.
 pub(super) async fn write(gateway: &Gateway, live: Live) {
     let Live {
-        ctx,
+        mut ctx,
         snapshot: _snapshot,
         chain,
         call,
@@ -42,6 +42,9 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         bytes_out: done.bytes_out,
         usage: ended.usage,
     };
+    if let Some(chain) = chain {
+        chain.on_finish(&mut ctx, &outcome).await;
+    }
     let metrics = &gateway.resources.metrics;
     let status = outcome.status.to_string();
     let route = &*ctx.route;
@@ -80,9 +83,6 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         let tokens = |name| metrics.tokens.with_label_values(&[route, upstream, name]);
         tokens("in").inc_by(usage.prompt_tokens.min(TOKENS_MAX));
         tokens("out").inc_by(usage.completion_tokens.min(TOKENS_MAX));
-    }
-    if let Some(chain) = chain {
-        chain.on_finish(&ctx, &outcome).await;
     }
     write_access(&AccessLine {
         request_id: &ctx.id,

@@ -28,7 +28,9 @@ use super::{
 use crate::{
     context::{Ending, Verdict},
     dialects::DecodeError,
-    openai::{Endpoint, Facts, Frame, Framer, Usage, inspect, without_usage},
+    error::Error,
+    openai::{Endpoint, Facts, Frame, Framer, Usage, error_event, inspect, without_usage},
+    plugins::Sent,
 };
 
 /// How long an upstream may send comments and nothing else.
@@ -42,7 +44,12 @@ pub(super) struct Relay {
     answering: Answering,
     framer: Framer,
     pub(super) endpoint: Endpoint,
-    /// What goes out with the next write: before the commit all that is held.
+    /// What came before the commit.
+    held: Vec<(Frame, Facts)>,
+    held_bytes: usize,
+    /// Why a plugin ended the answer; the client has been told in `out`.
+    error: Option<Error>,
+    /// What goes out with the next write.
     out: BytesMut,
     pub(super) committed: bool,
     pub(super) usage: Option<Usage>,
@@ -103,6 +110,9 @@ impl Attempt<'_> {
         let mut relay = Relay {
             framer: Framer::new(self.limits.event.get()),
             endpoint: self.endpoint(),
+            held: Vec::new(),
+            held_bytes: 0,
+            error: None,
             out: BytesMut::new(),
             committed: false,
             usage: None,
@@ -219,6 +229,13 @@ impl Attempt<'_> {
         }
         if facts.meaningful && !relay.committed {
             self.commit(relay, client).await?;
+            relay.held_bytes = 0;
+            for (frame, facts) in std::mem::take(&mut relay.held) {
+                match self.pass_on(relay, frame, &facts, client) {
+                    Step::On => {}
+                    end => return Ok(end),
+                }
+            }
         }
         Ok(self.pass_on(relay, frame, facts, client))
     }
@@ -227,29 +244,83 @@ impl Attempt<'_> {
     pub(super) fn pass_on(
         &mut self,
         relay: &mut Relay,
-        mut frame: Frame,
+        frame: Frame,
         facts: &Facts,
         client: &Client<'_>,
     ) -> Step {
-        if self.chain.wants_events
-            && let Err(error) = self.chain.on_event(self.ctx, &mut frame)
-        {
-            return broken(Verdict::Cut, error.to_string());
+        // Comments before the commit are dropped: ours take their place.
+        if frame.is_comment && !relay.committed {
+            return Step::On;
         }
+        if !relay.committed {
+            return self.hold(relay, frame, facts);
+        }
+        // What the upstream said, not what plugins make of it: they may hold
+        // some of it back, and would say it twice if another said it again.
+        let partial = &mut relay.told.partial;
+        partial.take(&frame, facts.content_events, facts.usage);
+        self.ctx.content_events += u64::from(facts.content_events);
+        if !self.chain.wants.edit {
+            return self.put(relay, &frame, facts, client);
+        }
+        let passed = match self.chain.on_event(self.ctx, frame) {
+            Ok(passed) => passed,
+            Err(error) => {
+                relay.out.put_slice(&error_event(&error));
+                relay.error = Some(error);
+                return Step::Done;
+            }
+        };
+        for frame in passed.frames {
+            let facts = inspect(relay.endpoint, &frame);
+            if let Step::Done = self.put(relay, &frame, &facts, client) {
+                return Step::Done;
+            }
+        }
+        if passed.ended || facts.done {
+            Step::Done
+        } else {
+            Step::On
+        }
+    }
+
+    /// Keeps what comes before the commit: plugins see nothing of an answer that
+    /// may yet be another's.
+    fn hold(&self, relay: &mut Relay, frame: Frame, facts: &Facts) -> Step {
+        relay.held_bytes += frame.raw.len();
+        relay.held.push((frame, facts.clone()));
+        if relay.held_bytes > self.limits.event.get() {
+            self.metrics.limits.with_label_values(&["event"]).inc();
+            return broken(Verdict::Failed, "too much before the first token");
+        }
+        Step::On
+    }
+
+    /// Puts an event into `out` as the client is to have it.
+    fn put(
+        &mut self,
+        relay: &mut Relay,
+        frame: &Frame,
+        facts: &Facts,
+        client: &Client<'_>,
+    ) -> Step {
         if facts.done
             && let Some(comment) = self.last_comment(client, relay.answering.prompt_was_cut())
         {
             relay.out.put_slice(comment.as_bytes());
         }
-        Self::keep(relay, &frame, facts);
-        if facts.done {
-            return Step::Done;
+        let shown = relay.answering.hide_usage.then(|| hide_usage(frame, facts));
+        let frame = match &shown {
+            None => Some(frame),
+            Some(shown) => shown.as_ref(),
+        };
+        if let Some(frame) = frame {
+            relay.out.put_slice(&frame.raw);
+            if self.chain.wants.see && !frame.is_comment {
+                self.chain.on_sent(self.ctx, Sent::Event(frame));
+            }
         }
-        if !relay.committed && relay.out.len() > self.limits.event.get() {
-            self.metrics.limits.with_label_values(&["event"]).inc();
-            return broken(Verdict::Failed, "too much before the first token");
-        }
-        Step::On
+        if facts.done { Step::Done } else { Step::On }
     }
 
     /// The upstream ended its body in good order. By the standard what has no
@@ -315,30 +386,8 @@ impl Attempt<'_> {
         relay.told.first_token = Some(self.ctx.started.elapsed());
         relay.told.ends = Instant::now() + self.limits.stream_timeout.get();
         let mut head = event_stream(self.answer_headers());
-        if let Err(error) = self.chain.on_response(self.ctx, &mut head).await {
-            log::warn!("plugin failed on a response: id={} {error}", self.ctx.id);
-        }
+        self.chain.on_response(self.ctx, &mut head).await;
         client.send_head(head, None).await
-    }
-
-    /// Puts an event into `out`, without the usage that the client did not ask
-    /// for. Comments before the commit are dropped: ours take their place.
-    fn keep(relay: &mut Relay, frame: &Frame, facts: &Facts) {
-        if frame.is_comment && !relay.committed {
-            return;
-        }
-        let partial = &mut relay.told.partial;
-        partial.take(frame, facts.content_events, facts.usage);
-        if relay.answering.hide_usage {
-            if facts.usage_only {
-                return;
-            }
-            if let Some(hidden) = without_usage(frame) {
-                relay.out.put_slice(&hidden);
-                return;
-            }
-        }
-        relay.out.put_slice(&frame.raw);
     }
 
     /// If the head went out before all was known that it should say, returns
@@ -400,10 +449,14 @@ impl Attempt<'_> {
             link.link.close().await;
         }
         Ok(Ended {
-            ending: Ending::Success,
+            ending: if relay.error.is_some() {
+                Ending::Incomplete
+            } else {
+                Ending::Success
+            },
             verdict: Verdict::Answered,
             status: http::StatusCode::OK,
-            error: None,
+            error: relay.error.and_then(|error| error.code),
             streamed: true,
             first_token: relay.told.first_token,
             usage: relay.usage,
@@ -417,6 +470,15 @@ fn is_event(data: &[u8]) -> bool {
     let data = data.trim_ascii();
     let is_object = data.starts_with(b"{") && data.ends_with(b"}");
     data.is_empty() || is_object && std::str::from_utf8(data).is_ok()
+}
+
+/// Returns an event without the usage that the client did not ask for; `None`
+/// if nothing else is in it.
+fn hide_usage(frame: &Frame, facts: &Facts) -> Option<Frame> {
+    if facts.usage_only {
+        return None;
+    }
+    Some(without_usage(frame).unwrap_or_else(|| frame.clone()))
 }
 
 pub(super) fn broken(verdict: Verdict, cause: impl Into<String>) -> Step {

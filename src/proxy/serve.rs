@@ -5,7 +5,6 @@ use std::{
     borrow::Cow,
     net::{IpAddr, Ipv4Addr},
     sync::{Arc, atomic::Ordering},
-    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -22,7 +21,7 @@ use super::{
 };
 use crate::{
     client_ip::client_ip,
-    context::{Class, Ending, RequestContext, Restrict},
+    context::{Class, Ending, RequestContext},
     error::{Error, Result},
     gateway::Snapshot,
     openai::{ApiRequest, error_event},
@@ -40,6 +39,14 @@ pub(super) struct Live {
     /// The memory of its body; given back when the request is recorded.
     pub(super) body: Reserved,
     pub(super) done: Option<Done>,
+}
+
+impl Live {
+    /// Returns the model that is asked for; empty before the body is parsed.
+    fn model(&self) -> &str {
+        let request = self.ctx.request.as_ref();
+        request.map_or("", |request| &request.model)
+    }
 }
 
 /// How a request ended, before it is recorded.
@@ -63,21 +70,13 @@ impl Proxy {
             .iter()
             .filter_map(|value| value.to_str().ok());
         Live {
-            ctx: RequestContext {
-                id: head::request_id(&request.headers),
-                started: Instant::now(),
-                client_ip: client_ip(peer, forwarded, &snapshot.config().trusted_proxies),
-                method: request.method.clone(),
-                path: Arc::from(start_of(path)),
-                headers: request.headers.clone(),
-                request: None,
-                principal: None,
-                restrict: Restrict::default(),
-                route: Arc::from(""),
-                attempts: Vec::new(),
-                queued: Duration::ZERO,
-                takeovers: 0,
-            },
+            ctx: RequestContext::new(
+                head::request_id(&request.headers),
+                client_ip(peer, forwarded, &snapshot.config().trusted_proxies),
+                request.method.clone(),
+                Arc::from(start_of(path)),
+                request.headers.clone(),
+            ),
             snapshot: Arc::clone(snapshot),
             chain: None,
             call: "unknown",
@@ -128,7 +127,7 @@ impl Proxy {
             }
             Ok(Prepared::Local(response)) => {
                 let status = response.status;
-                let sent = respond::send(session, with_id(response, &live.ctx.id), false).await;
+                let sent = respond::send(session, with_id(response, &live.ctx), false).await;
                 sent.map(|bytes| Done::local(status, None, bytes))
             }
             Err(Stopped::Left) => None,
@@ -176,6 +175,7 @@ impl Proxy {
         let metrics = &self.gateway.resources.metrics;
         let raw = body::read(session, limits, metrics, &mut live.body).await?;
         live.bytes_in = raw.len();
+        live.ctx.received = Some(raw.clone());
         let request = ApiRequest::parse(endpoint, raw, limits.json_depth)?;
         if request.n > limits.n {
             metrics.limits.with_label_values(&["n"]).inc();
@@ -192,23 +192,21 @@ impl Proxy {
                 return Ok(Prepared::Local(answer));
             }
         }
-        if let Some(chain) = live.chain.clone()
-            && let Flow::Respond(answer) = chain.on_request(&mut live.ctx).await?
-        {
-            return Ok(Prepared::Local(answer));
+        if let Some(chain) = live.chain.clone() {
+            chain.on_parsed(&mut live.ctx)?;
+            live.ctx.route = snapshot.routes.label(live.model());
+            if let Flow::Respond(answer) = chain.on_request(&mut live.ctx).await? {
+                return Ok(Prepared::Local(answer));
+            }
         }
         check_pin(&live.ctx)?;
         check_class(&live.ctx)?;
         // A plugin may have changed the model.
-        let model = live
-            .ctx
-            .request
-            .as_ref()
-            .map_or(model, |request| request.model.clone());
+        let model = live.model();
         let plan = snapshot
             .routes
-            .plan(&model, &live.ctx.restrict)
-            .map_err(|why| why.into_error(&model))?;
+            .plan(model, &live.ctx.restrict)
+            .map_err(|why| why.into_error(model))?;
         live.ctx.route = Arc::clone(&plan.route);
         Ok(Prepared::Call(Box::new(plan)))
     }
@@ -232,7 +230,9 @@ impl Proxy {
             .is_some_and(|request| request.stream);
         let mut client = Client::new(session, limits.heartbeat.get(), limits.write_timeout.get());
         if streamed {
-            client.keep_patient(event_stream(respond::common_headers(&live.ctx.id)));
+            let mut headers = respond::common_headers(&live.ctx.id);
+            headers.extend(live.ctx.reply.clone());
+            client.keep_patient(event_stream(headers));
             if flag(&live.ctx.headers, "x-forebay-queue-events").is_ok_and(|on| on) {
                 client.tell_position();
             }
@@ -403,7 +403,8 @@ async fn send_error(
     live: &Live,
     error: Error,
 ) -> std::result::Result<Done, Left> {
-    let extra = who_was_tried(live);
+    let mut extra = who_was_tried(live);
+    extra.extend(live.ctx.reply.clone());
     let sent = respond::send_error(session, &live.ctx.id, &error, extra).await;
     let bytes = sent.ok_or(Left)?;
     if error.status.is_server_error() {
@@ -432,8 +433,9 @@ fn who_was_tried(live: &Live) -> HeaderMap {
     headers
 }
 
-fn with_id(mut response: LocalResponse, id: &str) -> LocalResponse {
-    response.headers.extend(respond::common_headers(id));
+fn with_id(mut response: LocalResponse, ctx: &RequestContext) -> LocalResponse {
+    response.headers.extend(respond::common_headers(&ctx.id));
+    response.headers.extend(ctx.reply.clone());
     response
 }
 

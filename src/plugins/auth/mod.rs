@@ -152,6 +152,7 @@ impl fmt::Debug for Guard {
 
 impl Configure for Auth {
     const NAME: &'static str = "auth";
+    const MAY_FAIL_OPEN: bool = false;
     type Config = AuthConfig;
 
     fn configure(config: AuthConfig, build: &Build<'_>) -> Result<Self, ConfigError> {
@@ -458,21 +459,13 @@ mod tests {
         for (name, value) in headers {
             map.append(*name, HeaderValue::from_str(value).unwrap());
         }
-        RequestContext {
-            id: "req-1".into(),
-            started: Instant::now(),
-            client_ip: [192, 0, 2, 1].into(),
-            method: Method::POST,
-            path: "/v1/chat/completions".into(),
-            headers: map,
-            request: None,
-            principal: None,
-            restrict: Restrict::default(),
-            route: "".into(),
-            attempts: Vec::new(),
-            queued: std::time::Duration::ZERO,
-            takeovers: 0,
-        }
+        RequestContext::new(
+            "req-1".into(),
+            [192, 0, 2, 1].into(),
+            Method::POST,
+            "/v1/chat/completions".into(),
+            map,
+        )
     }
 
     async fn code(auth: &Auth, headers: &[(&'static str, &str)]) -> String {
