@@ -266,6 +266,8 @@ pub enum Verdict {
     Answered,
     /// The request never left: DNS, connect or TLS failed.
     NotSent,
+    /// It could not be sent for want of a socket on this machine: our own fault.
+    NoSocket,
     /// 429, 503, 529: turned away, not billed.
     Rejected,
     /// 401, 402, 403 or a hard quota: our credential is no good there.
@@ -292,6 +294,7 @@ impl Verdict {
         match self {
             Self::Answered => "answered",
             Self::NotSent => "not_sent",
+            Self::NoSocket => "no_socket",
             Self::Rejected => "rejected",
             Self::Credential => "credential",
             Self::Failed => "failed",

@@ -14,7 +14,7 @@ use std::{
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, StatusCode, header};
 use pingora::{connectors::TransportConnector, upstreams::peer::HttpPeer};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{
     client::{Client, Left, Waited},
@@ -32,7 +32,7 @@ use crate::{
     openai::{ApiRequest, Endpoint, UpstreamError, retry_after},
     plugins::Chain,
     routes::Step,
-    upstreams::{Slot, Upstream},
+    upstreams::{Slot, Upstream, sockets},
 };
 
 /// The most of an error's body that is read to understand it.
@@ -43,6 +43,10 @@ const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a request to an Ollama waits for its header before its model is
 /// shown as one that is being loaded: one that is loaded mostly answers sooner.
 const LOADING_SHOWN_AFTER: Duration = Duration::from_secs(1);
+
+/// How long is waited between two tries to get a socket where the system has
+/// none left: connections that are turned away give theirs back all the time.
+const SOCKET_PAUSE: Duration = Duration::from_millis(20);
 
 /// How many addresses of one name a try goes to: each that nobody answers at
 /// costs the whole connect timeout.
@@ -195,6 +199,13 @@ impl Attempt<'_> {
     ) -> Result<Result<Answering, Failure>, Left> {
         let mut stale = false;
         let mut refused = 0;
+        let mut before = self.ctx.attempts.iter();
+        let patience = match before.any(|tried| tried.verdict == Verdict::NoSocket) {
+            // It has waited at another upstream; here it is the pool that may help.
+            true => Duration::ZERO,
+            false => self.upstream.timeouts.connect,
+        };
+        let starved = self.deadline.min(Instant::now() + patience);
         loop {
             let peer = match self.peer(client).await? {
                 Ok(peer) => peer,
@@ -211,6 +222,13 @@ impl Attempt<'_> {
             };
             let (stream, reused) = match client.wait(self.deadline, connecting).await? {
                 Waited::Done(Ok(connected)) => connected,
+                Waited::Done(Err(why @ LinkError::NoSocket(_))) => {
+                    let pause = sleep(SOCKET_PAUSE);
+                    if let Waited::Done(()) = client.wait(starved, pause).await? {
+                        continue;
+                    }
+                    return Ok(Err(Failure::new(Verdict::NoSocket, why.to_string())));
+                }
                 // A name may have several addresses; the next is tried at once.
                 Waited::Done(Err(why)) => {
                     refused += 1;
@@ -270,6 +288,9 @@ impl Attempt<'_> {
             (Waited::Done(Err(why)), _) => why.to_string(),
             _ => "the name has no address".to_owned(),
         };
+        if sockets::are_out() {
+            return Ok(Err(Failure::new(Verdict::NoSocket, cause)));
+        }
         upstream.unresolved(began, Instant::now());
         Ok(Err(Failure::new(Verdict::NotSent, cause)))
     }
@@ -503,6 +524,7 @@ impl From<LinkError> for LinkFailure {
         let cause = error.to_string();
         match error {
             LinkError::Connect(_) => Self::Final(Failure::new(Verdict::NotSent, cause)),
+            LinkError::NoSocket(_) => Self::Final(Failure::new(Verdict::NoSocket, cause)),
             LinkError::Broken(_) => Self::Stale(cause),
             LinkError::Stalled => Self::Final(Failure::new(Verdict::TimedOut, cause)),
             LinkError::Invalid(_) => Self::Final(Failure::new(Verdict::Failed, cause)),

@@ -451,7 +451,9 @@ impl<'a> Exchange<'a> {
             self.unsupported.push(failure);
             return Next::Group;
         }
-        if failure.verdict != Verdict::NotSent {
+        if failure.verdict == Verdict::NoSocket {
+            self.metrics.limits.with_label_values(&["sockets"]).inc();
+        } else if failure.verdict != Verdict::NotSent {
             self.last_answer = Some(failure);
         }
         if !ambiguous {
@@ -535,7 +537,7 @@ impl<'a> Exchange<'a> {
         self.ctx.attempts.last().is_some_and(|attempt| {
             matches!(
                 attempt.verdict,
-                Verdict::NotSent | Verdict::Rejected | Verdict::Failed
+                Verdict::NotSent | Verdict::NoSocket | Verdict::Rejected | Verdict::Failed
             )
         })
     }
@@ -567,6 +569,12 @@ impl<'a> Exchange<'a> {
             && let Some(error) = self.busy.take()
         {
             return error;
+        }
+        let mut attempts = self.ctx.attempts.iter();
+        if self.last_answer.is_none()
+            && attempts.any(|attempt| attempt.verdict == Verdict::NoSocket)
+        {
+            return verdict::no_socket();
         }
         if self.ctx.attempts.len() > self.unsupported.len() {
             return verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, &plan.model);

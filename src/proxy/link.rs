@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use super::io::Prefixed;
-use crate::upstreams::Upstream;
+use crate::upstreams::{Upstream, sockets};
 
 /// How long closing in good order may take: it waits until what is buffered has
 /// gone out, which it never does to an upstream that does not read.
@@ -95,6 +95,9 @@ pub(super) enum LinkError {
     /// No connection: the request was certainly not sent.
     #[error("connect: {0}")]
     Connect(Box<pingora::Error>),
+    /// No connection, for want of a socket on this machine.
+    #[error("no socket left: {0}")]
+    NoSocket(Box<pingora::Error>),
     /// The connection broke before the first byte of an answer.
     #[error("broken before the answer: {0}")]
     Broken(String),
@@ -134,7 +137,10 @@ pub(super) async fn connect_anew(
     // Boxed: it is 18 KB, and most attempts find a pooled connection.
     Box::pin(connector.new_stream(peer))
         .await
-        .map_err(LinkError::Connect)
+        .map_err(|why| match sockets::is_ours(&why) {
+            true => LinkError::NoSocket(why),
+            false => LinkError::Connect(why),
+        })
 }
 
 /// A connection on which the request has been sent, all of it or as much as the

@@ -10,6 +10,10 @@ use crate::{
     upstreams::health::COOL_MAX,
 };
 
+/// When to try again where there was no socket left: connections end all the
+/// time, and those that are idle within `limits.keep_alive`.
+const SOCKET_RETRY_AFTER: Duration = Duration::from_secs(2);
+
 /// A try that did not answer the client, and why.
 #[derive(Debug)]
 pub(super) struct Failure {
@@ -159,6 +163,17 @@ pub(super) fn give_up(last_answer: Option<&Failure>, wait: Duration, model: &str
         ),
         _ => bad_gateway("upstream_error", "the model server failed"),
     }
+}
+
+/// 503: there was no socket to ask anybody with.
+pub(super) fn no_socket() -> Error {
+    Error::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "server_error",
+        "gateway_overloaded",
+        "the gateway has no connections left to ask a model server with",
+    )
+    .retry_after(SOCKET_RETRY_AFTER)
 }
 
 /// 404: nobody serves the model.

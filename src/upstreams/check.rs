@@ -33,7 +33,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 
-use super::upstream::Upstream;
+use super::{sockets, upstream::Upstream};
 use crate::{
     config::{self, Kind},
     metrics::Metrics,
@@ -65,6 +65,8 @@ pub enum Checked {
     Loading,
     /// It did not answer in time.
     Silent,
+    /// It was not asked: this machine had no socket left.
+    NotAsked,
     /// It answered that it is not well, or could not be reached; why, for the
     /// log.
     Bad(String),
@@ -77,6 +79,7 @@ impl Checked {
             Self::Good => "good",
             Self::Loading => "loading",
             Self::Silent => "silent",
+            Self::NotAsked => "not_asked",
             Self::Bad(_) => "bad",
         }
     }
@@ -270,7 +273,10 @@ impl Probe {
         if upstream.peer().is_err() {
             let until = Instant::now() + upstream.policy.check.timeout.get();
             if let Err(why) = upstream.addresses.resolve_now(until).await {
-                return Checked::Bad(why.to_string());
+                return match sockets::are_out() {
+                    true => Checked::NotAsked,
+                    false => Checked::Bad(why.to_string()),
+                };
             }
         }
         let mut last = Checked::Bad("the name has no address".to_owned());
@@ -306,6 +312,9 @@ impl Probe {
 const UNREACHABLE: &str = "cannot be reached";
 
 fn judge(why: &Error) -> Checked {
+    if sockets::is_ours(why) {
+        return Checked::NotAsked;
+    }
     match why.etype() {
         ErrorType::ConnectTimedout
         | ErrorType::ReadTimedout

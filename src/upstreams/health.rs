@@ -844,6 +844,7 @@ impl Inner {
                 self.checks.open();
                 self.loading(policy, now);
             }
+            Checked::NotAsked => {}
             Checked::Silent | Checked::Bad(_) => {
                 if self.schedule.bad() >= check.fall {
                     self.loading_until = None;

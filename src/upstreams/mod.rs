@@ -15,6 +15,7 @@
 //! - [`breaker`]: what it does with one model; `breakers` for all of them;
 //!   `gate` for what concerns all models
 //! - [`check`]: asking it whether it is well
+//! - [`sockets`]: whether it is our own fault that it is not reached
 //! - [`budget`]: how much may be tried again
 //! - [`strategies`]: how one of several is chosen; the one list
 //! - [`group`]: upstreams that can stand in for each other
@@ -33,6 +34,7 @@ pub mod health;
 pub mod policy;
 pub mod queue;
 pub mod resolve;
+pub mod sockets;
 pub mod state;
 pub mod strategies;
 pub mod tls;

@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 
+use forebay::sim::Sim;
 use tokio::task::JoinSet;
 
 use crate::support::{
@@ -148,6 +149,71 @@ async fn a_new_connection_that_says_nothing_is_closed_and_one_that_dribbles_gets
     assert!(gateway.metric(&hits("header_timeout")).await >= Some(5.0));
     gateway.logged("limit=header_timeout").await;
     gateway.metric_becomes(OPEN, 0.0).await;
+}
+
+/// Allows a process so many open files, until it is told otherwise.
+fn allow_files(pid: u32, soft: u32) {
+    let limited = std::process::Command::new("prlimit")
+        .args([&format!("--nofile={soft}:"), "--pid", &pid.to_string()])
+        .status();
+    assert!(limited.is_ok_and(|status| status.success()), "no prlimit");
+}
+
+#[tokio::test]
+async fn a_want_of_files_is_never_an_upstreams_fault() {
+    let (a, b, c) = (sim("a").await, sim("b").await, sim("c").await);
+    let upstream = |sim: &Sim, connect: &str| {
+        let timeouts = format!("timeouts: {{ connect: {connect}, idle: 60s }}");
+        let (name, url) = (sim.name(), sim.url());
+        format!("      - {{ name: {name}, kind: vllm, url: \"{url}\", {timeouts} }}\n")
+    };
+    // Asked all the time, and down after one bad answer.
+    let yaml = format!(
+        "groups:\n  gpus:\n    check: {{ every: 200ms, fall: 1 }}\n\
+         \x20   breaker: {{ failures: 1, open: 300s }}\n    upstreams:\n{}{}{}\
+         routes:\n  - {{ model: \"*\", groups: [gpus] }}\n",
+        upstream(&a, "300ms"),
+        upstream(&b, "300ms"),
+        upstream(&c, "15s"),
+    );
+    let gateway = Gateway::start(&yaml).await;
+    let mut held = Connection::open(gateway.addr).await;
+    let mut ask = async |pin: &[(&str, &str)]| {
+        let body = chat("demo");
+        held.request("POST", CHAT, pin, body.as_bytes()).await;
+        held.answer().await
+    };
+    let [to_a, to_b, to_c] = ["a", "b", "c"].map(|name| [("x-forebay-upstream", name)]);
+    for name in ["a", "b", "c"] {
+        gateway.state_becomes(name, "ready").await;
+    }
+    assert_eq!(ask(&to_a).await.status, 200);
+    allow_files(gateway.pid(), 1);
+    // There is a pooled connection to a, and none to b.
+    assert_eq!(ask(&to_a).await.status, 200);
+    for _ in 0..3 {
+        let answer = ask(&to_b).await;
+        assert_eq!(
+            (answer.status, &*answer.error_code()),
+            (503, "gateway_overloaded")
+        );
+        assert!(answer.header("retry-after").is_some());
+    }
+    // While it waits for a file, one comes free.
+    let pid = gateway.pid();
+    let (answer, ()) = tokio::join!(ask(&to_c), async {
+        allow_files(pid, 1024);
+    });
+    assert_eq!((answer.status, answer.upstream()), (200, "c"));
+    for name in ["a", "b", "c"] {
+        assert_eq!(gateway.state(name).await, "ready", "{name}");
+        let series =
+            format!("forebay_health_checks_total{{result=\"not_asked\",upstream=\"{name}\"}}");
+        assert!(gateway.metric(&series).await > Some(0.0), "{name}");
+    }
+    assert!(gateway.metric(&hits("sockets")).await >= Some(3.0));
+    let log = gateway.log();
+    assert!(!log.contains("to=down"), "{log}");
 }
 
 #[tokio::test]
