@@ -25,13 +25,13 @@ pub const CAPACITY: usize = 1024;
 pub struct Event {
     /// When.
     pub at: SystemTime,
-    /// The upstream's name.
-    pub upstream: Arc<str>,
+    /// What it is about: the name of an upstream, of a key, or a folder.
+    pub subject: Arc<str>,
     /// What about it.
     pub change: Change,
 }
 
-/// What changed about an upstream.
+/// What changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Its state as a whole.
@@ -54,6 +54,23 @@ pub enum Change {
         to: &'static str,
         /// How long it is open at least.
         wait: Option<Duration>,
+    },
+    /// Whether exchanges can be kept in a folder of captures.
+    Capture {
+        /// Whether they are lost at the moment.
+        dropping: bool,
+        /// Why, in a few words of ours.
+        reason: &'static str,
+    },
+    /// How much of a key's budget is used.
+    Budget {
+        /// `day` or `month`.
+        period: &'static str,
+        /// `tokens` or `money`.
+        of: &'static str,
+        /// The part that is used, in percent: told once when it is near its end,
+        /// and once when it is there.
+        percent: u32,
     },
 }
 
@@ -79,18 +96,18 @@ impl Events {
     }
 
     /// Tells everybody, the log and the metrics.
-    pub fn tell(&self, upstream: &Arc<str>, change: Change) {
-        self.note(upstream, &change);
+    pub fn tell(&self, subject: &Arc<str>, change: Change) {
+        self.note(subject, &change);
         let event = Event {
             at: SystemTime::now(),
-            upstream: Arc::clone(upstream),
+            subject: Arc::clone(subject),
             change,
         };
         // Err means that nobody listens.
         self.sender.send(event).ok();
     }
 
-    fn note(&self, upstream: &Arc<str>, change: &Change) {
+    fn note(&self, subject: &Arc<str>, change: &Change) {
         let shown = |wait: &Option<Duration>| match wait {
             Some(wait) => format!(" for={:.1}s", wait.as_secs_f64()),
             None => String::new(),
@@ -110,12 +127,12 @@ impl Events {
                 };
                 log::log!(
                     level,
-                    "upstream's state changed: name={upstream} from={from} to={to} reason={reason}{}",
+                    "upstream's state changed: name={subject} from={from} to={to} reason={reason}{}",
                     shown(wait)
                 );
                 self.metrics
                     .upstream_transitions
-                    .with_label_values(&[&**upstream, to, reason])
+                    .with_label_values(&[&**subject, to, reason])
                     .inc();
             }
             Change::Breaker { model, to, wait } => {
@@ -125,12 +142,36 @@ impl Events {
                 };
                 log::log!(
                     level,
-                    "breaker changed: name={upstream} model={model:?} to={to}{}",
+                    "breaker changed: name={subject} model={model:?} to={to}{}",
                     shown(wait)
                 );
                 self.metrics
                     .breaker_transitions
-                    .with_label_values(&[&**upstream, to])
+                    .with_label_values(&[&**subject, to])
+                    .inc();
+            }
+            Change::Capture { dropping, reason } => {
+                if *dropping {
+                    log::error!("exchanges are not captured: dir={subject} reason={reason}");
+                } else {
+                    log::info!("exchanges are captured again: dir={subject}");
+                }
+                let to = if *dropping { "dropping" } else { "capturing" };
+                self.metrics
+                    .capture_transitions
+                    .with_label_values(&[to])
+                    .inc();
+            }
+            Change::Budget {
+                period,
+                of,
+                percent,
+            } => {
+                log::warn!("budget: key={subject} period={period} of={of} used={percent}%");
+                let level = if *percent < 100 { "near" } else { "used_up" };
+                self.metrics
+                    .budget_transitions
+                    .with_label_values(&[period, of, level])
                     .inc();
             }
         }

@@ -53,6 +53,10 @@ pub struct Metrics {
     pub upstream_transitions: IntCounterVec,
     /// Changes of breakers, by what they became.
     pub breaker_transitions: IntCounterVec,
+    /// How often capturing began to lose exchanges, and to keep them again.
+    pub capture_transitions: IntCounterVec,
+    /// How often a key's budget came near its end, or to it.
+    pub budget_transitions: IntCounterVec,
     /// Breakers, one per model, that are not closed.
     pub breakers: IntGaugeVec,
     /// Questions to upstreams whether they are well, by what came of them.
@@ -175,6 +179,16 @@ impl Metrics {
                 "forebay_breaker_transitions_total",
                 "Changes of breakers, over all models",
                 &["upstream", "to"],
+            ),
+            capture_transitions: all.counters(
+                "forebay_capture_transitions_total",
+                "How often capturing began to lose exchanges, and to keep them again",
+                &["to"],
+            ),
+            budget_transitions: all.counters(
+                "forebay_budget_transitions_total",
+                "How often the budget of a key came near its end, or to it",
+                &["period", "of", "level"],
             ),
             breakers: all.gauges(
                 "forebay_upstream_breakers",

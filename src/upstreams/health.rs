@@ -1317,12 +1317,13 @@ mod tests {
         bench.fail("m", 5);
         let mut told = Vec::new();
         while let Ok(event) = heard.try_recv() {
-            assert_eq!(&*event.upstream, "gpu-1");
+            assert_eq!(&*event.subject, "gpu-1");
             told.push(match event.change {
                 Change::State {
                     from, to, reason, ..
                 } => format!("{from} {to} {reason}"),
                 Change::Breaker { model, to, .. } => format!("{model} {to}"),
+                other => panic!("not of an upstream: {other:?}"),
             });
         }
         assert_eq!(
