@@ -183,7 +183,7 @@ async fn wait_in_line(
 }
 
 /// Between whom the places are shared: keys, or addresses where there are none.
-fn key(ctx: &RequestContext) -> Key {
+pub(super) fn key(ctx: &RequestContext) -> Key {
     match &ctx.principal {
         Some(who) => Key::Name(std::sync::Arc::clone(&who.name)),
         None => Key::Address(one_client(ctx.client_ip)),

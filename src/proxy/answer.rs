@@ -14,6 +14,7 @@ use super::{
     attempt::{Answering, Attempt, Tried},
     client::{Client, Left, Waited, event_stream},
     exchange::Ended,
+    frozen::{Stage, or_frozen},
     verdict::Failure,
 };
 use crate::{
@@ -196,6 +197,7 @@ impl Attempt<'_> {
             .get(header::CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
         let mut body = BytesMut::with_capacity(length.unwrap_or(4096).min(RESERVE_MAX));
+        let mut fallen = self.upstream.health.fallen();
         loop {
             let now = Instant::now();
             // A server may send its head long before the rest: as with the first
@@ -204,7 +206,18 @@ impl Attempt<'_> {
                 Some(named) => self.deadline.min(now + named.get()),
                 None => self.deadline,
             };
-            let piece = match client.wait(deadline, answering.link.read()).await? {
+            let reading = or_frozen(
+                &mut fallen,
+                now,
+                |now| self.way_out(&Stage::Nothing, now),
+                answering.link.read(),
+            );
+            let read = match client.wait(deadline, reading).await? {
+                Waited::Done(Ok(read)) => Waited::Done(read),
+                Waited::Done(Err(way)) => return Ok(Err(self.leave_frozen(way))),
+                Waited::TooLate => Waited::TooLate,
+            };
+            let piece = match read {
                 Waited::Done(Ok(Some(piece))) => piece,
                 Waited::Done(Ok(None)) => return Ok(Ok(body.freeze())),
                 Waited::Done(Err(why)) => {

@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 use super::{
     client::{Client, Left, Waited},
     exchange::Ended,
+    frozen::{Elsewhere, Reserved, Stage, or_frozen},
     link::{self, Link, LinkError, WireRequest},
     takeover::Told,
     verdict::{Failure, Judgement, judge},
@@ -82,6 +83,10 @@ pub(super) struct Attempt<'a> {
     /// What the client has of the answer already, if this upstream is to go on
     /// with it; afterwards, what it has.
     pub(super) told: Option<Box<Told>>,
+    /// Where the exchange may go if the upstream freezes.
+    pub(super) elsewhere: Elsewhere<'a>,
+    /// What was taken there.
+    pub(super) reserved: Option<Reserved>,
 }
 
 /// An answer whose header is in and says success.
@@ -311,10 +316,18 @@ impl Attempt<'_> {
         };
         let sent_at = Instant::now();
         let deadline = self.header_deadline(sent_at);
-        let receiving = self.receive(Link::receive(sent, peer));
+        let stage = Stage::before(self.told.as_deref());
+        let mut fallen = self.upstream.health.fallen();
+        let receiving = or_frozen(
+            &mut fallen,
+            sent_at,
+            |now| self.way_out(&stage, now),
+            self.receive(Link::receive(sent, peer)),
+        );
         match client.wait(deadline, receiving).await? {
-            Waited::Done(Ok(link)) => Ok(Ok((link, sent_at))),
-            Waited::Done(Err(why)) => Ok(Err(why.into())),
+            Waited::Done(Ok(Ok(link))) => Ok(Ok((link, sent_at))),
+            Waited::Done(Ok(Err(why))) => Ok(Err(why.into())),
+            Waited::Done(Err(way)) => Ok(Err(LinkFailure::Final(self.leave_frozen(way)))),
             Waited::TooLate => Ok(Err(LinkFailure::timed_out("no header in time"))),
         }
     }

@@ -26,6 +26,7 @@ use super::{
     admission::{Admission, Patience, Sought},
     attempt::{Attempt, Tried},
     client::{Client, Left, Waited},
+    frozen::{Elsewhere, Onward, Reserved},
     report,
     takeover::{Death, Told},
     verdict::{self, Failure},
@@ -96,6 +97,10 @@ pub(super) struct Exchange<'a> {
     spilled: Option<Instant>,
     /// The groups whose budget for retries is used up.
     spent: Vec<Arc<Group>>,
+    /// What the last try took for the next.
+    reserved: Option<Reserved>,
+    /// Whether the groups behind this one come next.
+    onward: bool,
 }
 
 /// What follows the tries in one group.
@@ -142,6 +147,8 @@ impl<'a> Exchange<'a> {
             told: None,
             spilled: None,
             spent: Vec::new(),
+            reserved: None,
+            onward: true,
         }
     }
 
@@ -173,6 +180,7 @@ impl<'a> Exchange<'a> {
         }
         // Nobody else could help: back to those who were only busy, as long as
         // it would have waited there.
+        self.onward = false;
         for (step, until) in left_behind {
             if only_fallback || Instant::now() >= until {
                 continue;
@@ -186,6 +194,7 @@ impl<'a> Exchange<'a> {
                 Next::Fallback => only_fallback = true,
             }
         }
+        self.onward = true;
         if !only_fallback
             && self.busy.is_none()
             && plan.pin.is_none()
@@ -205,11 +214,12 @@ impl<'a> Exchange<'a> {
         client: &mut Client<'_>,
     ) -> Result<Option<Result<Ended, Error>>, Left> {
         for step in &plan.steps {
-            if self
+            let reserved = self.reserved.as_ref();
+            let is_spent = self
                 .spent
                 .iter()
-                .any(|group| Arc::ptr_eq(group, &step.group))
-            {
+                .any(|group| Arc::ptr_eq(group, &step.group));
+            if is_spent && !reserved.is_some_and(|reserved| reserved.is_in(&step.group)) {
                 continue;
             }
             let attempts = self.ctx.attempts.iter();
@@ -217,12 +227,20 @@ impl<'a> Exchange<'a> {
             let mut tries = u32::try_from(here.count()).unwrap_or(u32::MAX);
             while tries < self.limits.attempts && Instant::now() < self.deadline {
                 let now = Instant::now();
-                let Some(slot) = step.group.pick_in_panic(&step.model, &self.tried, now) else {
+                let slot = match self.reserved.take() {
+                    None => step.group.pick_in_panic(&step.model, &self.tried, now),
+                    Some(reserved) if reserved.is_in(&step.group) => Some(reserved.slot),
+                    other => {
+                        self.reserved = other;
+                        None
+                    }
+                };
+                let Some(slot) = slot else {
                     break;
                 };
                 self.tried.push(Arc::clone(slot.upstream()));
                 tries += 1;
-                match self.try_one(step, slot, client).await? {
+                match self.try_one(plan, step, slot, client).await? {
                     Next::Ended(ended) => return Ok(Some(Ok(ended))),
                     Next::Tell(error) => return Ok(Some(Err(error))),
                     Next::Died(death) => {
@@ -248,6 +266,10 @@ impl<'a> Exchange<'a> {
         let _active = step.group.budget.enter(Instant::now());
         let mut tries = 0;
         while tries < self.limits.attempts && Instant::now() < self.deadline {
+            let is_expected_elsewhere = |reserved: &Reserved| !reserved.is_in(&step.group);
+            if self.reserved.as_ref().is_some_and(is_expected_elsewhere) {
+                return Ok(Next::Group);
+            }
             let effort = if tries == 0 && (step.fallback || plan.pin.is_some()) {
                 Effort::Insist
             } else {
@@ -294,7 +316,7 @@ impl<'a> Exchange<'a> {
                     }
                 };
                 tries += 1;
-                match self.try_one(step, held, client).await? {
+                match self.try_one(plan, step, held, client).await? {
                     Next::Group => {}
                     other => return Ok(other),
                 }
@@ -328,6 +350,9 @@ impl<'a> Exchange<'a> {
         if plan.pin.is_some() && !self.tried.is_empty() {
             return Ok(Sought::Nobody);
         }
+        if let Some(reserved) = self.reserved.take() {
+            return Ok(Sought::Slot(reserved.slot));
+        }
         let seeker = Seeker {
             group: Arc::clone(&step.group),
             model: Arc::clone(&step.model),
@@ -350,6 +375,7 @@ impl<'a> Exchange<'a> {
     /// Makes one try and notes what came of it.
     pub(super) async fn try_one(
         &mut self,
+        plan: &Plan,
         step: &Step,
         mut slot: Slot,
         client: &mut Client<'_>,
@@ -365,6 +391,12 @@ impl<'a> Exchange<'a> {
         }
         let began = Instant::now();
         let number = self.ctx.attempts.len() + 1;
+        let elsewhere = Elsewhere {
+            plan,
+            tried: &self.tried,
+            affinity: self.affinity,
+            onward: self.onward_from(step),
+        };
         let mut attempt = Attempt {
             ctx: &mut *self.ctx,
             chain: self.chain,
@@ -376,12 +408,15 @@ impl<'a> Exchange<'a> {
             deadline: self.deadline,
             number,
             told: self.told.take(),
+            elsewhere,
+            reserved: None,
         };
         // Unless it was freed behind a good answer, the slot is held to the end of
         // this function: who gets it next must not go to an upstream of which it
         // is not yet noted that it is down.
         let tried = Box::pin(attempt.run(self.connector, client)).await;
         self.told = attempt.told.take();
+        self.reserved = attempt.reserved.take();
         let note = |verdict, status: Option<StatusCode>, maybe_billed| context::Attempt {
             group: Arc::clone(&step.group.name),
             upstream: Arc::clone(&upstream.name),
@@ -441,6 +476,22 @@ impl<'a> Exchange<'a> {
                 );
                 Ok(self.after_failure(step, failure))
             }
+        }
+    }
+
+    /// Returns how the plan goes on behind a try in this group that ends without
+    /// an answer, and may have been billed.
+    fn onward_from(&self, step: &Step) -> Onward {
+        let attempts = self.ctx.attempts.iter();
+        let here = attempts.filter(|attempt| attempt.group == step.group.name);
+        let tries = u32::try_from(here.count()).unwrap_or(u32::MAX);
+        let again = tries.saturating_add(1) < self.limits.attempts;
+        match (self.ambiguous_used, self.onward, again) {
+            (true, true, _) => Onward::Fallback,
+            (false, true, true) => Onward::Everywhere,
+            (false, true, false) => Onward::Behind,
+            (false, false, true) => Onward::Here,
+            (true, false, _) | (false, false, false) => Onward::Nowhere,
         }
     }
 
@@ -506,7 +557,12 @@ impl<'a> Exchange<'a> {
             return Ok(Ok(None));
         }
         let until = self.deadline.min(Instant::now() + RETRY_PATIENCE);
+        let reserved = self.reserved.as_mut();
+        let mut reserved = reserved.and_then(|reserved| reserved.pass.take());
         let taken = loop {
+            if let Some(pass) = reserved.take() {
+                break Ok(pass);
+            }
             // Registered before the next look: one that ends in between is seen.
             let mut freed = pin!(group.budget.freed());
             freed.as_mut().enable();

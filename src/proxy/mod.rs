@@ -30,6 +30,7 @@ mod discover;
 mod edge;
 mod exchange;
 mod frames;
+mod frozen;
 mod guarded;
 mod head;
 mod io;

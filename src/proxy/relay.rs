@@ -21,6 +21,7 @@ use super::{
     attempt::{Answering, Attempt, Tried},
     client::{Client, Left, Waited, event_stream},
     exchange::Ended,
+    frozen::{Stage, or_frozen},
     sequel::Opening,
     takeover::Told,
     verdict::Failure,
@@ -156,6 +157,8 @@ impl Attempt<'_> {
         relay: &mut Relay,
         client: &mut Client<'_>,
     ) -> Result<Result<(), Failure>, Left> {
+        let mut fallen = self.upstream.health.fallen();
+        let mut heard = Instant::now();
         loop {
             let deadline = self.next_deadline(relay);
             if deadline <= Instant::now() {
@@ -163,7 +166,24 @@ impl Attempt<'_> {
                 // say would never be found too late.
                 return Ok(Err(Failure::new(Verdict::TimedOut, "no end in time")));
             }
-            let piece = match client.wait(deadline, relay.answering.link.read()).await? {
+            let (answering, told) = (&mut relay.answering, &relay.told);
+            let stage = match relay.committed {
+                true => Stage::Begun(told),
+                false => Stage::before(Some(told)),
+            };
+            let reading = or_frozen(
+                &mut fallen,
+                heard,
+                |now| self.way_out(&stage, now),
+                answering.link.read(),
+            );
+            let read = match client.wait(deadline, reading).await? {
+                Waited::Done(Ok(read)) => Waited::Done(read),
+                Waited::Done(Err(way)) => return Ok(Err(self.leave_frozen(way))),
+                Waited::TooLate => Waited::TooLate,
+            };
+            heard = Instant::now();
+            let piece = match read {
                 Waited::Done(Ok(Some(piece))) => piece,
                 Waited::Done(Ok(None)) => return self.take_tail(relay, client).await,
                 Waited::Done(Err(why)) => {

@@ -53,6 +53,7 @@ pub(super) fn failure(step: &Step, slot: &Slot, failure: &mut Failure, metrics: 
             }
             let fault = match failure.status {
                 None if failure.verdict == Verdict::Failed => Fault::Death,
+                _ if failure.hint == Some(Hint::Frozen) => Fault::Death,
                 _ => Fault::Answer,
             };
             step.group.failed(slot, fault, now)

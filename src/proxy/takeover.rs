@@ -157,6 +157,8 @@ impl Exchange<'_> {
         client: &mut Client<'_>,
     ) -> Result<Asked, Left> {
         let mut round = Round {
+            plan,
+            ask,
             asked: Vec::new(),
             busy: false,
             died: death.upstream,
@@ -168,11 +170,11 @@ impl Exchange<'_> {
         let patience = Instant::now() + self.limits.total_timeout.get();
         self.deadline = told.ends.min(patience);
         loop {
-            told = match self.ask_fresh(plan, told, ask, &mut round, client).await? {
+            told = match self.ask_fresh(told, &mut round, client).await? {
                 Ok(asked) => return Ok(asked),
                 Err(told) => told,
             };
-            told = match self.ask_again(plan, told, ask, &mut round, client).await? {
+            told = match self.ask_again(told, &mut round, client).await? {
                 Ok(asked) => return Ok(asked),
                 Err(told) => told,
             };
@@ -193,12 +195,11 @@ impl Exchange<'_> {
     /// Asks who was not tried yet, in the order of the plan.
     async fn ask_fresh(
         &mut self,
-        plan: &Plan,
         mut told: Box<Told>,
-        ask: &Ask,
-        round: &mut Round,
+        round: &mut Round<'_>,
         client: &mut Client<'_>,
     ) -> Result<Result<Asked, Box<Told>>, Left> {
+        let Round { plan, ask, .. } = *round;
         for step in &plan.steps {
             let mut tries = 0;
             while tries < self.limits.attempts && Instant::now() < self.deadline {
@@ -215,7 +216,7 @@ impl Exchange<'_> {
                     }
                 };
                 tries += 1;
-                told = match self.ask_one(step, slot, told, ask, round, client).await? {
+                told = match self.ask_one(step, slot, told, round, client).await? {
                     Ok(asked) => return Ok(Ok(asked)),
                     Err(told) => told,
                 };
@@ -228,12 +229,11 @@ impl Exchange<'_> {
     /// be back. Never who has just died.
     async fn ask_again(
         &mut self,
-        plan: &Plan,
         mut told: Box<Told>,
-        ask: &Ask,
-        round: &mut Round,
+        round: &mut Round<'_>,
         client: &mut Client<'_>,
     ) -> Result<Result<Asked, Box<Told>>, Left> {
+        let Round { plan, ask, .. } = *round;
         for step in &plan.steps {
             let mut tries = 0;
             for upstream in &step.group.upstreams {
@@ -256,7 +256,7 @@ impl Exchange<'_> {
                     Err(Refusal::Unavailable) => continue,
                 };
                 tries += 1;
-                told = match self.ask_one(step, slot, told, ask, round, client).await? {
+                told = match self.ask_one(step, slot, told, round, client).await? {
                     Ok(asked) => return Ok(Ok(asked)),
                     Err(told) => told,
                 };
@@ -271,21 +271,20 @@ impl Exchange<'_> {
         step: &Step,
         slot: Slot,
         mut told: Box<Told>,
-        ask: &Ask,
-        round: &mut Round,
+        round: &mut Round<'_>,
         client: &mut Client<'_>,
     ) -> Result<Result<Asked, Box<Told>>, Left> {
         let upstream = Arc::clone(slot.upstream());
         round.asked.push(Arc::clone(&upstream));
         self.tried.push(Arc::clone(&upstream));
-        let mut ask = Box::new(ask.clone());
+        let mut ask = Box::new(round.ask.clone());
         let continues = upstream.continues(ask.request.endpoint);
         if !ask.continues || continues == Continues::Yes {
             ask.sequel.trust();
         }
         told.ask = Some(ask);
         self.told = Some(told);
-        match self.try_one(step, slot, client).await? {
+        match self.try_one(round.plan, step, slot, client).await? {
             Next::Ended(ended) => return Ok(Ok(Asked::Ended(ended))),
             Next::Died(death) => return Ok(Ok(Asked::Died(*death))),
             Next::Tell(_) | Next::Group | Next::Fallback => {}
@@ -391,7 +390,10 @@ enum Asked {
 }
 
 /// One search for somebody who goes on.
-struct Round {
+struct Round<'a> {
+    plan: &'a Plan,
+    /// What is asked for.
+    ask: &'a Ask,
     /// Who was asked.
     asked: Vec<Arc<Upstream>>,
     /// Whether somebody who may be asked had no place.
@@ -402,7 +404,7 @@ struct Round {
     failure: Failure,
 }
 
-impl Round {
+impl Round<'_> {
     /// Returns whether an upstream had its chance.
     fn has_had(&self, upstream: &Arc<Upstream>) -> bool {
         Arc::ptr_eq(&self.died, upstream)
@@ -411,7 +413,7 @@ impl Round {
 }
 
 /// Returns whether an upstream may be asked.
-fn may_go_on(upstream: &Upstream, ask: &Ask) -> bool {
+pub(super) fn may_go_on(upstream: &Upstream, ask: &Ask) -> bool {
     !ask.continues || upstream.continues(ask.request.endpoint) != Continues::No
 }
 

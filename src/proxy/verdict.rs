@@ -25,19 +25,21 @@ pub(super) struct Failure {
     pub(super) retry_after: Option<Duration>,
     /// What its dialect has no words for; it was not asked then.
     pub(super) unsupported: Option<Unsupported>,
-    /// What its body tells beyond its status.
+    /// What there is to know beyond its status.
     pub(super) hint: Option<Hint>,
     /// What happened, for the log alone.
     pub(super) cause: String,
 }
 
-/// What the body of a refusal tells beyond its status.
+/// What there is to know beyond a status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hint {
     /// The account is out of money, or of its quota for long.
     Quota,
     /// The model is being loaded.
     Loading,
+    /// Nothing comes any more, and its checks say that it is down.
+    Frozen,
 }
 
 impl Failure {

@@ -12,6 +12,7 @@
 //! configuration names the path only 2xx is good.
 
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -91,8 +92,9 @@ pub(super) struct Schedule {
     next: Instant,
     /// When the question began that is under way.
     running: Option<Instant>,
-    /// Bad answers in a row.
-    fails: u32,
+    /// When the bad answers in a row were asked for, oldest first; of many the
+    /// last.
+    fails: VecDeque<Instant>,
     /// Good answers in a row.
     goods: u32,
     /// Questions since it was last well.
@@ -105,7 +107,7 @@ impl Schedule {
         Self {
             next: now,
             running: None,
-            fails: 0,
+            fails: VecDeque::new(),
             goods: 0,
             quick: 0,
         }
@@ -147,26 +149,40 @@ impl Schedule {
 
     /// Counts a good answer; returns how many there were in a row.
     pub(super) fn good(&mut self) -> u32 {
-        self.fails = 0;
+        self.fails.clear();
         self.goods = self.goods.saturating_add(1);
         self.goods
     }
 
-    /// Counts a bad answer; returns how many there were in a row.
-    pub(super) fn bad(&mut self) -> u32 {
+    /// Counts a bad answer to a question that was asked at `began`. Returns
+    /// whether it is the `fall`th in a row, or a later one.
+    pub(super) fn bad(&mut self, fall: u32, began: Instant) -> bool {
         self.goods = 0;
-        self.fails = self.fails.saturating_add(1);
-        self.fails
+        self.fails.push_back(began);
+        let fall = usize::try_from(fall).unwrap_or(usize::MAX);
+        while self.fails.len() > fall {
+            self.fails.pop_front();
+        }
+        self.fails.len() >= fall
     }
 
     /// Notes an answer that is neither.
     pub(super) fn loading(&mut self) {
-        (self.fails, self.goods) = (0, 0);
+        self.fails.clear();
+        self.goods = 0;
     }
 
-    /// Returns how many bad answers there were in a row.
-    pub(super) const fn fails(&self) -> u32 {
-        self.fails
+    /// Returns whether the last answer was bad.
+    pub(super) fn fails(&self) -> bool {
+        !self.fails.is_empty()
+    }
+
+    /// Returns when the oldest of the last `fall` questions was asked, if all of
+    /// them had bad answers.
+    pub(super) fn bad_since(&self, fall: u32) -> Option<Instant> {
+        let fall = usize::try_from(fall).unwrap_or(usize::MAX);
+        let first = self.fails.len().checked_sub(fall)?;
+        self.fails.get(first).copied()
     }
 }
 
@@ -443,7 +459,7 @@ mod tests {
         let mut schedule = Schedule::new(now);
         schedule.soon(now);
         for expected in [0.25, 0.5, 1.0, 1.0, 1.0] {
-            schedule.bad();
+            schedule.bad(3, now);
             schedule.next(&check, false, now);
             let wait = (schedule.next - now).as_secs_f64();
             assert!(wait >= expected * 0.79 && wait <= expected * 1.21, "{wait}");

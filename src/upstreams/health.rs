@@ -25,6 +25,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::watch;
+
 use super::{
     breaker::{Came, Fault, Says, Spare},
     breakers::Breakers,
@@ -104,6 +106,7 @@ pub struct Health {
     ramp: AtomicU32,
     inner: Mutex<Inner>,
     told: OnceLock<Told>,
+    fallen: watch::Sender<Option<Instant>>,
 }
 
 /// Whom to tell of changes.
@@ -204,6 +207,7 @@ impl Health {
                 },
             }),
             told: OnceLock::new(),
+            fallen: watch::Sender::new(None),
         }
     }
 
@@ -245,6 +249,13 @@ impl Health {
             return Duration::ZERO;
         }
         self.lock().wait(model, policy, now)
+    }
+
+    /// Watches whether its checks have taken it down: since when it has answered
+    /// none of the last `fall` as it should, or `None`. For those who wait for
+    /// an answer of it, who are told after each further check.
+    pub fn fallen(&self) -> watch::Receiver<Option<Instant>> {
+        self.fallen.subscribe()
     }
 
     /// Returns what the upstream is good for, and why.
@@ -561,11 +572,17 @@ impl Health {
             // It was asked because people say that it is well: once is enough.
             let hasty = inner.doubted.is_some_and(|at| began >= at);
             if !outweighed {
-                inner.checked(checked, hasty, policy, now);
+                inner.checked(checked, hasty, policy, (began, now));
             }
             if hasty {
                 inner.doubted = None;
             }
+            let fall = policy.check.fall;
+            let since = match outweighed || !inner.checks.is_shut() {
+                true => None,
+                false => inner.schedule.bad_since(fall),
+            };
+            self.tell_fallen(since);
             let well =
                 !inner.link.is_shut() && !inner.checks.is_shut() && inner.loading_until.is_none();
             inner.schedule.next(&policy.check, well, now);
@@ -590,6 +607,7 @@ impl Health {
             inner.breakers.reset();
             inner.ramp_from = None;
             inner.schedule = Schedule::new(now);
+            self.tell_fallen(None);
         });
     }
 
@@ -617,9 +635,17 @@ impl Health {
                 inner.recover(now);
             }
             // A reload has ended the checks: nobody would take back what they said.
-            if !policy.check.enabled && (inner.checks.open() || inner.schedule.fails() > 0) {
+            if !policy.check.enabled && (inner.checks.open() || inner.schedule.fails()) {
                 inner.schedule = Schedule::new(now);
+                self.tell_fallen(None);
             }
+        });
+    }
+
+    fn tell_fallen(&self, since: Option<Instant>) {
+        self.fallen.send_if_modified(|told| {
+            let was = std::mem::replace(told, since);
+            was != since
         });
     }
 
@@ -789,7 +815,7 @@ impl Inner {
             return status(State::Cooling, reason, until - now);
         }
         match self.breakers.shut(now) {
-            (0, _) if self.schedule.fails() > 0 => status(State::Degraded, Reason::Check, none),
+            (0, _) if self.schedule.fails() => status(State::Degraded, Reason::Check, none),
             (0, _) => status(State::Ready, Reason::None, none),
             (shut, all) => {
                 let wait = self.breakers.wait(now).unwrap_or_default();
@@ -827,7 +853,13 @@ impl Inner {
         self.loading_until = Some(now + pause);
     }
 
-    fn checked(&mut self, checked: &Checked, hasty: bool, policy: &Policy, now: Instant) {
+    fn checked(
+        &mut self,
+        checked: &Checked,
+        hasty: bool,
+        policy: &Policy,
+        (began, now): (Instant, Instant),
+    ) {
         let check = &policy.check;
         match checked {
             Checked::Good => {
@@ -846,7 +878,7 @@ impl Inner {
             }
             Checked::NotAsked => {}
             Checked::Silent | Checked::Bad(_) => {
-                if self.schedule.bad() >= check.fall {
+                if self.schedule.bad(check.fall, began) {
                     self.loading_until = None;
                     if !self.checks.is_shut() {
                         self.checks.shut(CHECKS, now);
@@ -995,6 +1027,38 @@ mod tests {
         assert!(matches!(bench.admit("m"), Some(Leave::Try(_))));
         bench.succeed("m");
         assert_eq!(bench.admit("m"), Some(Leave::Free));
+    }
+
+    #[test]
+    fn who_waits_for_an_upstream_that_falls_is_told_since_when_it_is_silent() {
+        let mut bench = Bench::new("{}");
+        let mut fallen = bench.health.fallen();
+        let told = |fallen: &mut watch::Receiver<Option<Instant>>| {
+            let is_news = fallen.has_changed().unwrap();
+            (is_news, *fallen.borrow_and_update())
+        };
+        let first = bench.now;
+        bench.bad();
+        bench.later(1.0).bad();
+        assert_eq!(told(&mut fallen), (false, None), "not down yet");
+        bench.later(1.0).bad();
+        assert_eq!(told(&mut fallen), (true, Some(first)));
+        // Whoever asked after the first one waits until three more are bad.
+        bench.later(1.0).bad();
+        assert_eq!(told(&mut fallen), (true, Some(first + secs(1.0))));
+        bench.check(&Checked::Good);
+        assert_eq!(told(&mut fallen), (true, None), "down, and yet not silent");
+        bench.bad().bad().bad();
+        assert_eq!(told(&mut fallen), (true, Some(bench.now)));
+        bench.health.reset(&bench.policy, bench.now);
+        assert_eq!(told(&mut fallen), (true, None));
+        // One that answers others has no time for checks.
+        let bench = Bench::new("{}");
+        let mut fallen = bench.health.fallen();
+        for _ in 0..5 {
+            bench.succeed("m").check(&Checked::Silent);
+        }
+        assert_eq!(told(&mut fallen), (false, None));
     }
 
     #[test]

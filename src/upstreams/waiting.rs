@@ -248,6 +248,16 @@ impl Waiting {
         self.read_notes();
     }
 
+    /// Returns how many wait.
+    pub fn len(&self) -> usize {
+        self.len.load(SeqCst)
+    }
+
+    /// Returns whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Returns how many of a class wait.
     pub fn len_of(&self, class: Class) -> usize {
         self.locked(Instant::now(), |inside| inside.queue.len_of(class))

@@ -26,6 +26,7 @@ mod edge;
 mod endpoints;
 mod failover;
 mod floors;
+mod frozen;
 mod h2_abuse;
 mod h2c;
 mod health_checks;
