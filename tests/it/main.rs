@@ -19,6 +19,7 @@ mod bad_input;
 mod breaker;
 mod chaos;
 mod cli;
+mod config_files;
 mod connections;
 mod cooldown;
 mod ctl;
