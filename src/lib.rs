@@ -22,7 +22,7 @@
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
-//! | 1 | [`context`], [`events`], [`resources`], [`worker`] | one request; what changed; what outlives a snapshot; work beside the requests |
+//! | 1 | [`context`], [`events`], [`outbound`], [`resources`], [`worker`] | one request; what changed; calls to servers that are no upstreams; what outlives a snapshot; work beside the requests |
 //! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
@@ -83,6 +83,7 @@ pub mod logging;
 pub mod metrics;
 mod open_files;
 pub mod openai;
+pub mod outbound;
 pub mod pattern;
 pub mod plugins;
 pub mod proxy;

@@ -17,7 +17,7 @@ const FLOORS: [&[&str]; 6] = [
         "logging",
         "open_files",
     ],
-    &["context", "events", "resources", "worker"],
+    &["context", "events", "outbound", "resources", "worker"],
     &["plugins", "upstreams", "dialects"],
     &["gateway", "routes", "status"],
     &["proxy", "admin", "reload", "sim"],
