@@ -46,6 +46,60 @@ const QUOTA_WORDS: [&str; 2] = ["credit balance is too low", "insufficient balan
 /// message about a bad request, which repeats what the client wrote.
 const DAILY_WORDS: [&str; 3] = ["perday", "per day", "daily limit"];
 
+/// Codes, types and words of messages by which a refusal is about what the
+/// request says.
+const CONTENT_CODES: [&str; 6] = [
+    "content_policy_violation",
+    "content_filter",
+    "content_policy",
+    "moderation_error",
+    "moderation_blocked",
+    "responsibleaipolicyviolation",
+];
+const CONTENT_WORDS: [&str; 4] = [
+    "input was flagged",
+    "content policy",
+    "content management policy",
+    "requires moderation",
+];
+
+/// The same, by which it is about one model, and so not about the key.
+const MODEL_CODES: [&str; 6] = [
+    "model_not_found",
+    "model_permission_blocked_project",
+    "model_permission_blocked_org",
+    "model_access_denied",
+    "key_model_access_denied",
+    "team_model_access_denied",
+];
+const MODEL_WORDS: [&str; 4] = [
+    "access to model",
+    "access to the model",
+    "to access model",
+    "to use model",
+];
+
+/// The same, by which it is about the key, or who it belongs to.
+const KEY_CODES: [&str; 8] = [
+    "invalid_api_key",
+    "invalid_authentication",
+    "authentication_error",
+    "permission_error",
+    "permission_denied",
+    "unauthorized",
+    "account_deactivated",
+    "unsupported_country_region_territory",
+];
+const KEY_WORDS: [&str; 7] = [
+    "api key",
+    "api-key",
+    "apikey",
+    "credential",
+    "unauthorized",
+    "authenticat",
+    "your account",
+];
+
 /// Words of messages about a prompt that is too long.
 const LENGTH_WORDS: [&str; 4] = [
     "context length",
@@ -115,6 +169,29 @@ impl UpstreamError {
             .flatten()
             .any(|word| QUOTA_CODES.contains(&word.as_str()));
         named || self.says(&QUOTA_WORDS)
+    }
+
+    /// Says whether what the request says is not wanted.
+    pub fn is_about_content(&self) -> bool {
+        self.is_named(&CONTENT_CODES) || self.says(&CONTENT_WORDS)
+    }
+
+    /// Says whether one model, and not everything, is closed to our key.
+    pub fn is_about_model(&self) -> bool {
+        self.is_named(&MODEL_CODES) || self.says(&MODEL_WORDS)
+    }
+
+    /// Says whether it is our key that is no good.
+    pub fn is_about_key(&self) -> bool {
+        self.is_named(&KEY_CODES) || self.says(&KEY_WORDS)
+    }
+
+    fn is_named(&self, any: &[&str]) -> bool {
+        let named = [&self.code, &self.kind];
+        named
+            .into_iter()
+            .flatten()
+            .any(|word| any.contains(&word.to_ascii_lowercase().as_str()))
     }
 
     /// Says whether the request was longer than the model can read.

@@ -39,7 +39,10 @@ use crate::{
     openai::Usage,
     plugins::Chain,
     routes::{Plan, Step},
-    upstreams::{Effort, Group, Seeker, Slot, Status, Upstream, budget, state::Reason},
+    upstreams::{
+        Effort, Group, Seeker, Slot, Status, Upstream, budget,
+        state::{Reason, State},
+    },
 };
 
 /// First and longest wait before the same upstream is asked again.
@@ -505,7 +508,7 @@ impl<'a> Exchange<'a> {
         if failure.verdict == Verdict::NoSocket {
             self.metrics.limits.with_label_values(&["sockets"]).inc();
         } else if failure.verdict != Verdict::NotSent {
-            self.last_answer = Some(failure);
+            self.last_answer = Some(failure.after(self.last_answer.take()));
         }
         if !ambiguous {
             return Next::Group;
@@ -632,6 +635,15 @@ impl<'a> Exchange<'a> {
         {
             return verdict::no_socket();
         }
+        if let Some(last) = &mut self.last_answer
+            && (last.verdict == Verdict::Rejected || last.is_quota())
+        {
+            last.retry_after = last
+                .retry_after
+                .into_iter()
+                .chain(soonest_pause(plan))
+                .min();
+        }
         if self.ctx.attempts.len() > self.unsupported.len() {
             return verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, &plan.model);
         }
@@ -661,6 +673,21 @@ impl<'a> Exchange<'a> {
                 })
             })
     }
+}
+
+/// Returns when the first of those whose pause runs may be asked again.
+fn soonest_pause(plan: &Plan) -> Option<Duration> {
+    let now = Instant::now();
+    let upstreams = plan.steps.iter().flat_map(|step| {
+        let upstreams = step.group.upstreams.iter();
+        upstreams
+            .filter(|upstream| upstream.serves(&step.model))
+            .map(|upstream| upstream.status(now))
+    });
+    upstreams
+        .filter(|status| status.state == State::Cooling)
+        .filter_map(|status| status.wait)
+        .min()
 }
 
 /// What the client is told when nobody was asked, since everybody is known to
@@ -699,7 +726,13 @@ fn nobody_asked(plan: &Plan) -> Error {
             Some(refusal(Verdict::Rejected, status, *wait))
         }
         None if !serving.is_empty() && serving.iter().all(no_key) => {
-            let status = StatusCode::UNAUTHORIZED;
+            let no_money = serving
+                .iter()
+                .filter(|(status, _)| status.reason == Reason::Quota);
+            let (status, wait) = match no_money.map(|(_, wait)| *wait).min() {
+                Some(wait) => (StatusCode::PAYMENT_REQUIRED, wait),
+                None => (StatusCode::UNAUTHORIZED, wait),
+            };
             Some(refusal(Verdict::Credential, status, wait))
         }
         None => None,

@@ -40,7 +40,16 @@ pub(super) fn failure(step: &Step, slot: &Slot, failure: &mut Failure, metrics: 
             None => step.group.turned_away(slot, now),
         },
         Verdict::Credential => {
-            slot.key_fault(key_fault(failure), now);
+            let fault = key_fault(failure);
+            let is_bad = slot.key_fault(fault, now);
+            match fault {
+                KeyFault::Quota => {
+                    let upstream = slot.upstream();
+                    failure.retry_after = Some(upstream.wait(slot.model(), now));
+                }
+                KeyFault::Unexplained if !is_bad => failure.hint = Some(Hint::Request),
+                KeyFault::Unexplained | KeyFault::Forbidden | KeyFault::Refused => {}
+            }
             false
         }
         Verdict::NoModel | Verdict::NotContinued => {
@@ -80,9 +89,9 @@ fn count_spared(metrics: &Metrics) {
 
 fn key_fault(failure: &Failure) -> KeyFault {
     match (failure.hint, failure.status) {
-        // Without a status it was an error under 200, which speaks of quotas only.
-        (Some(Hint::Quota), _) | (_, None | Some(StatusCode::PAYMENT_REQUIRED)) => KeyFault::Quota,
-        (_, Some(StatusCode::FORBIDDEN)) => KeyFault::Forbidden,
+        _ if failure.is_quota() => KeyFault::Quota,
+        (Some(Hint::Key), Some(StatusCode::FORBIDDEN)) => KeyFault::Forbidden,
+        (_, Some(StatusCode::FORBIDDEN)) => KeyFault::Unexplained,
         _ => KeyFault::Refused,
     }
 }
@@ -96,10 +105,11 @@ mod tests {
         for (status, hint, wanted) in [
             (Some(401), None, KeyFault::Refused),
             (Some(407), None, KeyFault::Refused),
-            (Some(403), None, KeyFault::Forbidden),
+            (Some(403), None, KeyFault::Unexplained),
             (Some(402), None, KeyFault::Quota),
             (Some(429), Some(Hint::Quota), KeyFault::Quota),
             (Some(403), Some(Hint::Quota), KeyFault::Quota),
+            (Some(403), Some(Hint::Key), KeyFault::Forbidden),
             (None, None, KeyFault::Quota),
         ] {
             let failure = Failure {

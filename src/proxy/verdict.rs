@@ -40,6 +40,10 @@ pub(super) enum Hint {
     Loading,
     /// Nothing comes any more, and its checks say that it is down.
     Frozen,
+    /// It is the credential that is no good.
+    Key,
+    /// It may be the request: the credential has just worked for others.
+    Request,
 }
 
 impl Failure {
@@ -60,6 +64,32 @@ impl Failure {
         Self {
             unsupported: Some(why),
             ..Self::new(Verdict::NoModel, "its dialect has no words for the request")
+        }
+    }
+
+    /// Returns whether there is no money, or no quota, behind the credential.
+    pub(super) fn is_quota(&self) -> bool {
+        // Without a status it was an error under 200, which speaks of quotas only.
+        let says = matches!(self.status, None | Some(StatusCode::PAYMENT_REQUIRED));
+        self.verdict == Verdict::Credential && (says || self.hint == Some(Hint::Quota))
+    }
+
+    /// Returns what the client is told of if this one followed another: mostly
+    /// the last word. But of several that are only to be left alone for a while
+    /// the shortest while counts, and one that has not our key, or not our
+    /// money, says nothing of them.
+    pub(super) fn after(mut self, earlier: Option<Self>) -> Self {
+        match earlier {
+            Some(earlier) if earlier.verdict == Verdict::Rejected => match self.verdict {
+                Verdict::Credential => earlier,
+                Verdict::Rejected if self.status == earlier.status => {
+                    let both = [self.retry_after, earlier.retry_after];
+                    self.retry_after = both.into_iter().flatten().min();
+                    self
+                }
+                _ => self,
+            },
+            _ => self,
         }
     }
 
@@ -89,6 +119,8 @@ pub(super) fn judge(
         400 | 409 | 413 | 422 => return Judgement::PassOn(error.into_client_error(status)),
         _ if error.hard_quota() => Verdict::Credential,
         429 | 503 | 529 => Verdict::Rejected,
+        403 if error.is_about_content() => return Judgement::PassOn(unwanted(error)),
+        403 if error.is_about_model() => Verdict::NoModel,
         // 407 is about a proxy of ours, not of the caller's.
         401..=403 | 407 => Verdict::Credential,
         404 | 501 => Verdict::NoModel,
@@ -99,6 +131,7 @@ pub(super) fn judge(
     };
     let hint = match verdict {
         Verdict::Credential if error.hard_quota() => Some(Hint::Quota),
+        Verdict::Credential if error.is_about_key() => Some(Hint::Key),
         Verdict::Rejected if error.model_is_loading() => Some(Hint::Loading),
         _ => None,
     };
@@ -110,6 +143,17 @@ pub(super) fn judge(
         hint,
         cause: format!("status {}", status.as_u16()),
     })
+}
+
+/// What a request says is refused. Not with 403, which speaks of the caller's
+/// rights.
+fn unwanted(error: UpstreamError) -> Error {
+    let mut error = error.into_client_error(StatusCode::BAD_REQUEST);
+    let is_word = |code: &str| code.bytes().any(|byte| byte.is_ascii_alphabetic());
+    if !error.code.as_deref().is_some_and(is_word) {
+        error.code = Some("content_policy_violation".into());
+    }
+    error
 }
 
 /// What the client is told when every try is used up. `last_answer` is the last
@@ -146,6 +190,18 @@ pub(super) fn give_up(last_answer: Option<&Failure>, wait: Duration, model: &str
             );
             error.retry_after(wait)
         }
+        (Verdict::Credential, _) if last.is_quota() => Error::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            "upstream_quota",
+            "the gateway's own accounts at the model servers are out of quota",
+        )
+        .retry_after(wait),
+        (Verdict::Credential, _) if last.hint == Some(Hint::Request) => Error::refused(
+            StatusCode::FORBIDDEN,
+            "request_forbidden",
+            "the model server refused this request without saying why",
+        ),
         (Verdict::Credential, _) => bad_gateway(
             "upstream_auth",
             "the gateway's own credential was not accepted by the model server",
@@ -243,6 +299,61 @@ mod tests {
                 })
             ));
         }
+    }
+
+    #[test]
+    fn a_403_is_about_the_key_the_model_or_what_the_request_says() {
+        let judged = |body: &str| judged(403, body.as_bytes());
+        for body in [
+            r#"{"error":{"code":403,"message":"Your chosen model requires moderation and your input was flagged for \"x\"","metadata":{"reasons":["x"]}}}"#,
+            r#"{"error":{"code":"content_policy_violation","message":"no","type":"invalid_request_error"}}"#,
+        ] {
+            let Judgement::PassOn(error) = judged(body) else {
+                panic!("{body}");
+            };
+            let code = error.code.as_deref();
+            assert_eq!(
+                (error.status.as_u16(), code),
+                (400, Some("content_policy_violation"))
+            );
+        }
+        let none = r#"{"error":{"code":"model_not_found","message":"Project `p` does not have access to model `m`","type":"invalid_request_error"}}"#;
+        for (body, verdict, hint) in [
+            (none, Verdict::NoModel, None),
+            (
+                r#"{"error":"Invalid API key"}"#,
+                Verdict::Credential,
+                Some(Hint::Key),
+            ),
+            (r#"{"error":"no"}"#, Verdict::Credential, None),
+            ("", Verdict::Credential, None),
+        ] {
+            match judged(body) {
+                Judgement::Failed(failure) => {
+                    assert_eq!((failure.verdict, failure.hint), (verdict, hint), "{body}");
+                }
+                Judgement::PassOn(error) => panic!("{body}: {error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn of_several_that_ask_for_a_pause_the_shortest_is_told() {
+        let rejected = |secs: u64| Failure {
+            status: Some(StatusCode::TOO_MANY_REQUESTS),
+            retry_after: Some(Duration::from_secs(secs)),
+            ..Failure::new(Verdict::Rejected, "")
+        };
+        let wait = |failure: Failure| failure.retry_after.unwrap().as_secs();
+        assert_eq!(wait(rejected(60).after(Some(rejected(7)))), 7);
+        assert_eq!(wait(rejected(7).after(Some(rejected(60)))), 7);
+        let no_money = Failure {
+            hint: Some(Hint::Quota),
+            ..Failure::new(Verdict::Credential, "")
+        };
+        assert_eq!(wait(no_money.after(Some(rejected(7)))), 7);
+        let failed = Failure::new(Verdict::Failed, "").after(Some(rejected(7)));
+        assert_eq!(failed.verdict, Verdict::Failed);
     }
 
     #[test]

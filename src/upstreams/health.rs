@@ -62,6 +62,8 @@ const KEY_FORBIDDEN: Pauses = Pauses {
     first: Duration::from_secs(30),
     longest: Duration::from_secs(30 * 60),
 };
+/// How long a credential that was accepted is thought to be good.
+const KEY_WORKED: Duration = Duration::from_secs(60);
 /// After 402 and hard quotas.
 const QUOTA: Pauses = Pauses {
     first: Duration::from_secs(5 * 60),
@@ -81,8 +83,10 @@ const QUICK: Duration = Duration::from_millis(250);
 pub enum KeyFault {
     /// 401, 407: it is not accepted.
     Refused,
-    /// 403: it may not do this.
+    /// A 403 that says so: it may not do this.
     Forbidden,
+    /// A 403 without a reason: it may not do this, or nobody may ask this.
+    Unexplained,
     /// 402, hard quota: there is no money behind it.
     Quota,
 }
@@ -127,6 +131,8 @@ struct Inner {
     checks: Gate,
     key: Gate,
     key_fault: KeyFault,
+    /// When a 403 without a reason last came.
+    forbidden: Option<Instant>,
     loading_until: Option<Instant>,
     cool: Cool,
     breakers: Breakers,
@@ -191,6 +197,7 @@ impl Health {
                 checks: Gate::default(),
                 key: Gate::default(),
                 key_fault: KeyFault::Refused,
+                forbidden: None,
                 loading_until: None,
                 cool: Cool::default(),
                 breakers: Breakers::default(),
@@ -540,18 +547,30 @@ impl Health {
         });
     }
 
-    /// Notes that our credential is no good there.
-    pub fn key_fault(&self, fault: KeyFault, policy: &Policy, now: Instant) {
+    /// Notes that our credential is no good there. Returns whether it is taken
+    /// for bad: one that has just worked is, after a 403 without a reason, only
+    /// if the next request is told the same.
+    pub fn key_fault(&self, fault: KeyFault, policy: &Policy, now: Instant) -> bool {
         let pauses = match fault {
             KeyFault::Refused => KEY_REFUSED,
-            KeyFault::Forbidden => KEY_FORBIDDEN,
+            KeyFault::Forbidden | KeyFault::Unexplained => KEY_FORBIDDEN,
             KeyFault::Quota => QUOTA,
         };
+        let mut is_bad = true;
         self.change(policy, now, |inner| {
             inner.link.open();
-            inner.key.shut(pauses, now);
-            inner.key_fault = fault;
+            if fault == KeyFault::Unexplained {
+                let before = inner.forbidden.replace(now);
+                let worked = |at: &Instant| now.saturating_duration_since(*at) < KEY_WORKED;
+                let good = inner.last_good.filter(worked);
+                is_bad = inner.key.is_shut() || good.is_none() || before > good;
+            }
+            if is_bad {
+                inner.key.shut(pauses, now);
+                inner.key_fault = fault;
+            }
         });
+        is_bad
     }
 
     // --- checks ---
@@ -1196,6 +1215,30 @@ mod tests {
             bench.health.accepted(&bench.policy, bench.now, bench.now);
             assert_eq!(bench.state(), (State::Ready, Reason::None));
         }
+    }
+
+    #[test]
+    fn a_key_that_has_just_worked_is_not_bad_before_the_second_unexplained_403_in_a_row() {
+        let mut bench = Bench::new("{}");
+        let forbidden = |bench: &Bench| {
+            let fault = KeyFault::Unexplained;
+            bench.health.key_fault(fault, &bench.policy, bench.now)
+        };
+        for _ in 0..3 {
+            bench.later(0.1).succeed("m");
+            bench.later(0.1);
+            assert!(!forbidden(&bench));
+            assert_eq!(bench.says("m"), Says::Go);
+        }
+        bench.later(0.1);
+        assert!(forbidden(&bench));
+        assert_eq!(bench.state(), (State::Down, Reason::KeyBad));
+        // Nothing is known of one that was never used, or not for long.
+        assert!(forbidden(&Bench::new("{}")));
+        let mut bench = Bench::new("{}");
+        bench.succeed("m");
+        bench.later(61.0);
+        assert!(forbidden(&bench));
     }
 
     #[test]

@@ -655,11 +655,11 @@ impl Slot {
         self.upstream.health.loading(&self.upstream.policy, now);
     }
 
-    /// Notes that our credential is no good there.
-    pub fn key_fault(&self, fault: KeyFault, now: Instant) {
-        self.upstream
-            .health
-            .key_fault(fault, &self.upstream.policy, now);
+    /// Notes that our credential is no good there. Returns whether it is taken
+    /// for bad from now on.
+    pub fn key_fault(&self, fault: KeyFault, now: Instant) -> bool {
+        let Upstream { health, policy, .. } = &*self.upstream;
+        health.key_fault(fault, policy, now)
     }
 
     fn with(mut self, leave: Option<Leave>) -> Result<Self, Refusal> {

@@ -47,6 +47,19 @@ async fn three_failures_and_it_is_left_alone_for_three_hundred_seconds() {
 }
 
 #[tokio::test]
+async fn a_503_that_comes_again_after_each_pause_it_asked_for_is_a_failure() {
+    let (bad, good) = (sim("bad").await, sim("good").await);
+    bad.fault("status=503;retry_after=0").await.unwrap();
+    let yaml = group_with(&["breaker: { failures: 3, open: 300s }"], &[&bad, &good]);
+    let gateway = Gateway::start(&yaml).await;
+    for _ in 0..20 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    }
+    assert_eq!(asked(&bad), 3);
+    assert_eq!(gateway.state("bad").await, "down breaker");
+}
+
+#[tokio::test]
 async fn ten_errors_in_a_window_open_it_whatever_succeeds_in_between() {
     let only = sim("only").await;
     let yaml = group_with(&["breaker: { errors: 10, window: 300s }"], &[&only]);

@@ -71,7 +71,7 @@ async fn pauses_without_a_time_double_up_to_cooldown() {
 
 #[tokio::test]
 async fn a_bad_key_is_told_the_same_way_whether_the_upstream_is_asked_or_not() {
-    for fault in ["status=401", "status=402", "status=403"] {
+    for fault in ["status=401", "status=403"] {
         let only = sim("only").await;
         only.fault(fault).await.unwrap();
         let gateway = Gateway::start(&one_group(&[&only])).await;
@@ -85,6 +85,71 @@ async fn a_bad_key_is_told_the_same_way_whether_the_upstream_is_asked_or_not() {
         }
         assert_eq!(only.records().len(), 1, "{fault}");
     }
+}
+
+#[tokio::test]
+async fn no_quota_anywhere_is_no_bad_key_and_says_when_it_is_looked_at_again() {
+    for fault in [
+        "status=402",
+        "status=429;body=quota;retry_after=7",
+        "status=400;body=quota",
+    ] {
+        let (a, b) = (sim("a").await, sim("b").await);
+        for one in [&a, &b] {
+            one.fault(fault).await.unwrap();
+        }
+        let gateway = Gateway::start(&one_group(&[&a, &b])).await;
+        // Whether they are asked or not.
+        for _ in 0..3 {
+            let answer = post_chat(gateway.addr, &chat("demo")).await;
+            let told = (answer.status, answer.error_code());
+            assert_eq!(told, (503, "upstream_quota".to_owned()), "{fault}");
+            let wait = answer.header("retry-after").unwrap();
+            let wait: u64 = wait.parse().unwrap();
+            assert!((200..=300).contains(&wait), "{fault}: {wait}");
+        }
+        assert_eq!((a.records().len(), b.records().len()), (1, 1), "{fault}");
+        assert_eq!(gateway.state("a").await, "cooling quota");
+    }
+}
+
+#[tokio::test]
+async fn who_can_be_asked_again_the_soonest_says_when() {
+    let (a, b, c) = (sim("a").await, sim("b").await, sim("c").await);
+    a.fault("status=429;retry_after=90").await.unwrap();
+    b.fault("status=429;retry_after=20").await.unwrap();
+    c.fault("status=402").await.unwrap();
+    let gateway = Gateway::start(&one_group(&[&a, &b, &c])).await;
+    let answer = post_chat(gateway.addr, &chat("demo")).await;
+    assert_eq!(
+        (answer.status, answer.header("retry-after")),
+        (429, Some("20"))
+    );
+}
+
+#[tokio::test]
+async fn one_forbidden_prompt_takes_no_account_out() {
+    let (a, b) = (sim("a").await, sim("b").await);
+    let gateway = Gateway::start(&one_group(&[&a, &b])).await;
+    for _ in 0..2 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    }
+    for one in [&a, &b] {
+        one.fault("status=403;body=empty;times=1").await.unwrap();
+    }
+    let answer = post_chat(gateway.addr, &chat("demo")).await;
+    let told = (answer.status, answer.error_code());
+    assert_eq!(told, (403, "request_forbidden".to_owned()));
+    for name in ["a", "b"] {
+        assert_eq!(gateway.state(name).await, "ready");
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    }
+    // Said twice in a row, it is the key.
+    a.fault("status=403;body=empty").await.unwrap();
+    for _ in 0..4 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.upstream(), "b");
+    }
+    assert_eq!(gateway.state("a").await, "down key_bad");
 }
 
 #[tokio::test]
