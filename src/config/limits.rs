@@ -58,12 +58,13 @@ pub struct Limits {
     /// How long nothing of an answer may be writable to a client that does not read.
     #[schemars(extend("x-min" = "100ms", "x-max" = "1h"))]
     pub write_timeout: Time,
-    /// The most client connections at once; 503 beyond it. Never more than half
-    /// of the files that the process may open.
+    /// The most client connections at once. Beyond it the one that has been idle
+    /// the longest is closed; if none is, 503. Never more than half of the files
+    /// that the process may open.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub connections: usize,
     /// The most connections from one address (of IPv6: one /64 network), those
-    /// in `trusted_proxies` excepted; 503 beyond it.
+    /// in `trusted_proxies` excepted. Beyond it as for all.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub connections_per_ip: usize,
     /// How long an idle client connection is kept.

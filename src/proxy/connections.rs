@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use super::places::{Place, Places};
 use crate::{client_ip::one_client, config::Config, logging::Seldom, metrics::Metrics};
 
 /// The count of the connections that clients have. One per process.
@@ -18,15 +19,19 @@ pub struct Connections {
     open: Mutex<Open>,
     metrics: Arc<Metrics>,
     lines: [Seldom; LIMITS],
+    /// What the moments of places are counted from.
+    epoch: Instant,
 }
 
 #[derive(Debug, Default)]
 struct Open {
-    all: usize,
+    all: Places,
+    /// The number of the next.
+    next: u64,
     /// The most at the last look: a reload may have changed it.
     most: usize,
     /// Never more entries than connections.
-    by_client: HashMap<IpAddr, usize>,
+    by_client: HashMap<IpAddr, Places>,
 }
 
 /// What a connection can do too much of.
@@ -38,6 +43,8 @@ pub(super) enum Limit {
     ConnectionsPerIp,
     /// A header, or nothing at all, for too long.
     HeaderTimeout,
+    /// Its place was needed while it waited for its client.
+    MakesRoom,
     /// Nothing was read of what it was sent.
     WriteTimeout,
     /// HTTP/2 frames that cost us and do nothing.
@@ -46,7 +53,7 @@ pub(super) enum Limit {
     Http2Error,
 }
 
-const LIMITS: usize = 6;
+const LIMITS: usize = 7;
 
 impl Limit {
     /// Returns the metric label.
@@ -55,6 +62,7 @@ impl Limit {
             Self::Connections => "connections",
             Self::ConnectionsPerIp => "connections_per_ip",
             Self::HeaderTimeout => "header_timeout",
+            Self::MakesRoom => "idle_connections",
             Self::WriteTimeout => "write_timeout",
             Self::Http2Flood => "http2_flood",
             Self::Http2Error => "http2_error",
@@ -70,18 +78,22 @@ impl Connections {
             open: Mutex::default(),
             metrics,
             lines: Default::default(),
+            epoch: Instant::now(),
         }
     }
 
-    /// Admits a connection until what is returned is dropped.
+    /// Admits a connection until what is returned is dropped. Where there are too
+    /// many, one that waits for its client is told to go.
     ///
     /// # Errors
-    /// The limit that it would exceed, already noted.
+    /// The limit that it would exceed, already noted: all others are at work.
     pub(super) fn admit(
         self: &Arc<Self>,
         peer: Option<IpAddr>,
         config: &Config,
+        now: Instant,
     ) -> Result<Admitted, Limit> {
+        let per_ip = config.limits.connections_per_ip;
         let most = config.limits.connections.min(self.ceiling);
         let peer = peer.map(|peer| peer.to_canonical());
         let counted = peer
@@ -89,13 +101,17 @@ impl Connections {
             .map(one_client);
         let mut open = self.open();
         open.most = most;
-        let refused = if open.all >= most {
-            Some(Limit::Connections)
-        } else if counted.is_some_and(|client| {
-            let from_here = open.by_client.get(&client).copied().unwrap_or(0);
-            from_here >= config.limits.connections_per_ip
-        }) {
-            Some(Limit::ConnectionsPerIp)
+        let mut from_here = counted.and_then(|client| open.by_client.get_mut(&client));
+        let here = from_here.as_ref().map_or(0, |places| places.len());
+        // One place that a client gives up is one for all.
+        let refused = if here >= per_ip {
+            let places = from_here.as_mut();
+            let makes_room = places.is_some_and(|places| places.make_room(now));
+            let refused = here >= per_ip + leaving(per_ip) || !makes_room;
+            refused.then_some(Limit::ConnectionsPerIp)
+        } else if open.all.len() >= most {
+            let is_full = open.all.len() >= most + leaving(most);
+            (is_full || !open.all.make_room(now)).then_some(Limit::Connections)
         } else {
             None
         };
@@ -104,9 +120,13 @@ impl Connections {
             self.note(limit, peer, "connection turned away");
             return Err(limit);
         }
-        open.all += 1;
+        let number = open.next;
+        open.next += 1;
+        let place = Places::place(self.epoch, now);
+        open.all.add(number, &place);
         if let Some(client) = counted {
-            *open.by_client.entry(client).or_insert(0) += 1;
+            let places = open.by_client.entry(client).or_default();
+            places.add(number, &place);
         }
         drop(open);
         self.metrics.client_connections.inc();
@@ -117,6 +137,8 @@ impl Connections {
             connections: Arc::clone(self),
             client: counted,
             peer,
+            number,
+            place,
         })
     }
 
@@ -124,7 +146,7 @@ impl Connections {
     /// then idle ones are kept less long.
     pub(super) fn is_crowded(&self) -> bool {
         let open = self.open();
-        open.all * 5 > open.most * 4
+        open.all.len() * 5 > open.most * 4
     }
 
     /// Counts that a connection went too far, and says so now and then.
@@ -150,12 +172,25 @@ pub(super) struct Admitted {
     /// The address it is counted under; `None` for a trusted proxy.
     client: Option<IpAddr>,
     peer: Option<IpAddr>,
+    number: u64,
+    place: Arc<Place>,
+}
+
+/// Returns how many of so many may be on their way out, beyond them: who has to
+/// make room is gone a moment later.
+fn leaving(most: usize) -> usize {
+    (most / 8).clamp(1, 64)
 }
 
 impl Admitted {
     /// As [`Connections::note`].
     pub(super) fn note(&self, limit: Limit, what: &str) {
         self.connections.note(limit, self.peer, what);
+    }
+
+    /// Returns its place.
+    pub(super) fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Returns who is connected; `None` if the system does not tell.
@@ -172,12 +207,12 @@ impl Admitted {
 impl Drop for Admitted {
     fn drop(&mut self) {
         let mut open = self.connections.open();
-        open.all = open.all.saturating_sub(1);
+        open.all.remove(self.number);
         if let Some(client) = self.client
             && let Some(from_here) = open.by_client.get_mut(&client)
         {
-            *from_here -= 1;
-            if *from_here == 0 {
+            from_here.remove(self.number);
+            if from_here.len() == 0 {
                 open.by_client.remove(&client);
             }
         }
@@ -206,15 +241,22 @@ mod tests {
         Some(text.parse().unwrap())
     }
 
+    /// Admits one that is at work at once.
+    fn admit(all: &Arc<Connections>, from: &str, config: &Config) -> Result<Admitted, Limit> {
+        let admitted = all.admit(ip(from), config, Instant::now())?;
+        admitted.place().works();
+        Ok(admitted)
+    }
+
     #[test]
     fn a_place_is_free_again_when_its_connection_ends() {
         let (all, config) = (connections(100), config(2, 2));
-        let first = all.admit(ip("1.1.1.1"), &config).unwrap();
-        let _second = all.admit(ip("2.2.2.2"), &config).unwrap();
-        let refused = all.admit(ip("3.3.3.3"), &config).unwrap_err();
+        let first = admit(&all, "1.1.1.1", &config).unwrap();
+        let _second = admit(&all, "2.2.2.2", &config).unwrap();
+        let refused = admit(&all, "3.3.3.3", &config).unwrap_err();
         assert_eq!(refused, Limit::Connections);
         drop(first);
-        let _third = all.admit(ip("3.3.3.3"), &config).unwrap();
+        let _third = admit(&all, "3.3.3.3", &config).unwrap();
         assert_eq!(all.metrics.client_connections.get(), 2);
         assert_eq!(all.open().by_client.len(), 2);
     }
@@ -224,15 +266,15 @@ mod tests {
         let (all, config) = (connections(100), config(100, 2));
         let mut held = Vec::new();
         for _ in 0..2 {
-            held.push(all.admit(ip("1.1.1.1"), &config).unwrap());
-            held.push(all.admit(ip("2001:db8::1"), &config).unwrap());
+            held.push(admit(&all, "1.1.1.1", &config).unwrap());
+            held.push(admit(&all, "2001:db8::1", &config).unwrap());
         }
         for same in ["1.1.1.1", "::ffff:1.1.1.1", "2001:db8::ffff:2"] {
-            let refused = all.admit(ip(same), &config).unwrap_err();
+            let refused = admit(&all, same, &config).unwrap_err();
             assert_eq!(refused, Limit::ConnectionsPerIp, "{same}");
         }
         for other in ["1.1.1.2", "2001:db8:0:1::1"] {
-            held.push(all.admit(ip(other), &config).unwrap());
+            held.push(admit(&all, other, &config).unwrap());
         }
         held.clear();
         assert!(all.open().by_client.is_empty());
@@ -242,9 +284,9 @@ mod tests {
     fn a_trusted_proxy_stands_for_many() {
         let (all, config) = (connections(100), config(5, 1));
         let held: Vec<_> = (0..5)
-            .map(|_| all.admit(ip("10.1.2.3"), &config).unwrap())
+            .map(|_| admit(&all, "10.1.2.3", &config).unwrap())
             .collect();
-        let refused = all.admit(ip("10.1.2.3"), &config).unwrap_err();
+        let refused = admit(&all, "10.1.2.3", &config).unwrap_err();
         assert_eq!(refused, Limit::Connections);
         assert!(all.is_crowded());
         drop(held);
@@ -254,8 +296,33 @@ mod tests {
     #[test]
     fn the_open_files_have_the_last_word() {
         let (all, config) = (connections(1), config(100, 100));
-        let _first = all.admit(ip("1.1.1.1"), &config).unwrap();
-        assert!(all.admit(ip("2.2.2.2"), &config).is_err());
+        let _first = admit(&all, "1.1.1.1", &config).unwrap();
+        assert!(admit(&all, "2.2.2.2", &config).is_err());
         assert_eq!(all.metrics.client_connections_max.get(), 1);
+    }
+
+    #[test]
+    fn who_waits_for_its_client_makes_room_for_who_comes() {
+        let (all, config) = (connections(100), config(16, 4));
+        let now = Instant::now();
+        let idle = |from: &str| all.admit(ip(from), &config, now);
+        let mut held: Vec<_> = (0..4).map(|_| idle("1.1.1.1").unwrap()).collect();
+        // One of its own goes, as long as those that were told are nearly gone.
+        held.push(idle("1.1.1.1").unwrap());
+        assert_eq!(idle("1.1.1.1").unwrap_err(), Limit::ConnectionsPerIp);
+        held.extend((0..11).map(|n| idle(&format!("2.2.2.{n}")).unwrap()));
+        assert_eq!(all.open().all.len(), 16);
+        for beyond in 0..2 {
+            held.push(idle(&format!("3.3.3.{beyond}")).unwrap());
+        }
+        assert_eq!(idle("3.3.3.9").unwrap_err(), Limit::Connections);
+        held.remove(0);
+        assert!(idle("3.3.3.9").is_ok());
+        // Nobody goes who is at work.
+        for admitted in &held {
+            admitted.place().works();
+        }
+        held.pop();
+        assert_eq!(idle("3.3.3.9").unwrap_err(), Limit::Connections);
     }
 }

@@ -1,9 +1,9 @@
 //! Around Pingora's proxy: every connection passes here first.
 //!
-//! Here it is counted and, if it is one too many, turned away; then it gets a
-//! stream under guard (see `guarded`), and Pingora takes over.
+//! Here it is counted and, if it is one too many and nobody makes room, turned
+//! away; then it gets a stream under guard (see `guarded`), and Pingora takes over.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use pingora::{apps::ServerApp, protocols::Stream, proxy::HttpProxy, server::ShutdownWatch};
@@ -59,7 +59,11 @@ impl ServerApp for Edge {
                     fields: config.limits.header_fields,
                 },
             };
-            (self.connections.admit(peer(&stream), config), allowed)
+            (
+                self.connections
+                    .admit(peer(&stream), config, Instant::now()),
+                allowed,
+            )
         };
         let Ok(admitted) = admitted else {
             self.turned_away.turn_away(stream).await;

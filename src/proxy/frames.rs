@@ -7,6 +7,8 @@
 
 use std::time::Instant;
 
+use super::places::{Awaits, Place};
+
 const HEADERS: u8 = 0x1;
 const DATA: u8 = 0x0;
 const RST_STREAM: u8 = 0x3;
@@ -44,6 +46,9 @@ pub(super) struct Watch {
     header_ends: bool,
     /// Whether a whole header has come.
     has_asked: bool,
+    streams: Streams,
+    /// Whether the place was told last that a request is under way.
+    works: bool,
     purse: u64,
     paid_at: Instant,
 }
@@ -61,6 +66,8 @@ impl Watch {
             header_since: None,
             header_ends: false,
             has_asked: false,
+            streams: Streams::default(),
+            works: false,
             purse: PURSE,
             paid_at: now,
         }
@@ -77,6 +84,7 @@ impl Watch {
             header_since,
             header_ends,
             has_asked,
+            streams,
             ..
         } = self;
         let mut header_is_in = |header_since: &mut Option<u64>, header_ends: &mut bool| {
@@ -91,9 +99,13 @@ impl Watch {
                 HEADERS | CONTINUATION => {
                     header_since.get_or_insert(frame.number);
                     *header_ends = frame.flags & END_HEADERS != 0;
+                    streams.begin(frame.stream);
                     1
                 }
-                RST_STREAM => RESET_COSTS,
+                RST_STREAM => {
+                    streams.end(frame.stream);
+                    RESET_COSTS
+                }
                 WINDOW_UPDATE => 1,
                 DATA => 0,
                 _ => CONTROL_COSTS,
@@ -127,13 +139,36 @@ impl Watch {
     /// Follows what our side sent.
     pub(super) fn wrote(&mut self, bytes: &[u8]) -> Wrote {
         let mut wrote = Wrote::default();
-        self.outgoing.follow(bytes, |frame| {
+        let Self {
+            outgoing, streams, ..
+        } = self;
+        outgoing.follow(bytes, |frame| {
             if frame.kind == GOAWAY && frame.error != 0 {
                 wrote.error = Some(frame.error);
             }
             wrote.refused += usize::from(frame.is_bare_400);
+            let ends = match frame.kind {
+                HEADERS | DATA => frame.flags & END_STREAM != 0,
+                kind => kind == RST_STREAM,
+            };
+            if ends {
+                streams.end(frame.stream);
+            }
         });
         wrote
+    }
+
+    /// Notes at the connection's place whether a request is under way, if that
+    /// has changed.
+    pub(super) fn note(&mut self, place: &Place) {
+        let works = !self.streams.open.is_empty();
+        if works != self.works {
+            self.works = works;
+            match works {
+                true => place.works(),
+                false => place.awaits(Awaits::Request, Instant::now()),
+            }
+        }
     }
 }
 
@@ -145,6 +180,31 @@ pub(super) struct Wrote {
     /// How many requests Pingora refused by itself: with a status and nothing
     /// else, where an answer of ours has a body.
     pub(super) refused: usize,
+}
+
+/// The requests that are under way. Never more than our side allows (100), and a
+/// few that it refuses.
+#[derive(Debug, Default)]
+struct Streams {
+    open: Vec<u32>,
+    /// The highest so far: what comes again of that is a trailer.
+    last: u32,
+}
+
+impl Streams {
+    /// More than these our side refuses at once.
+    const MOST: usize = 256;
+
+    fn begin(&mut self, stream: u32) {
+        if stream > self.last && self.open.len() < Self::MOST {
+            self.open.push(stream);
+        }
+        self.last = self.last.max(stream);
+    }
+
+    fn end(&mut self, stream: u32) {
+        self.open.retain(|open| *open != stream);
+    }
 }
 
 /// The frames of one direction.
@@ -167,6 +227,7 @@ struct Frame {
     number: u64,
     kind: u8,
     flags: u8,
+    stream: u32,
     /// The error of a `GOAWAY`.
     error: u32,
     /// Whether it is a whole answer that says 400 and nothing more.
@@ -201,7 +262,7 @@ impl Frames {
             let Some((head, kept)) = self.start.split_first_chunk::<HEAD>() else {
                 return;
             };
-            let [high, middle, low, kind, flags, ..] = *head;
+            let [high, middle, low, kind, flags, stream @ ..] = *head;
             let length = u32::from_be_bytes([0, high, middle, low]) as usize;
             self.kind = kind;
             self.keep = match kind {
@@ -219,6 +280,8 @@ impl Frames {
                 number: self.number,
                 kind,
                 flags,
+                // The first bit is none of it.
+                stream: u32::from_be_bytes(stream) & (u32::MAX >> 1),
                 error,
                 is_bare_400: kind == HEADERS
                     && flags & END_STREAM != 0
@@ -352,6 +415,35 @@ mod tests {
             let refused = watch.wrote(first).refused + watch.wrote(second).refused;
             assert_eq!(refused, 2, "{cut}");
         }
+    }
+
+    #[test]
+    fn a_request_is_under_way_from_its_header_to_the_end_of_its_answer() {
+        let on = |stream: u8, kind, flags| {
+            let mut frame = frame(kind, flags, b"x");
+            frame[8] = stream;
+            frame
+        };
+        let now = Instant::now();
+        let mut watch = Watch::new(now);
+        for (in_, out, open) in [
+            (vec![on(1, HEADERS, END_HEADERS)], vec![], 1),
+            (vec![on(1, DATA, 0), on(3, HEADERS, END_HEADERS)], vec![], 2),
+            (vec![], vec![on(1, HEADERS, END_HEADERS), on(1, DATA, 0)], 2),
+            (vec![on(1, HEADERS, END_HEADERS | END_STREAM)], vec![], 2),
+            (vec![], vec![on(1, DATA, END_STREAM)], 1),
+            (vec![], vec![on(1, RST_STREAM, 0)], 1),
+            (vec![on(3, RST_STREAM, 0)], vec![], 0),
+            (vec![on(1, HEADERS, END_HEADERS)], vec![], 0),
+        ] {
+            watch.read(&in_.concat(), now).unwrap();
+            watch.wrote(&out.concat());
+            assert_eq!(watch.streams.open.len(), open, "{:?}", watch.streams);
+        }
+        for stream in 2..2000 {
+            watch.streams.begin(stream);
+        }
+        assert_eq!(watch.streams.open.len(), Streams::MOST);
     }
 
     #[test]

@@ -35,6 +35,7 @@ use super::{
     connections::{Admitted, Limit},
     frames::Watch,
     io::{forward_to_stream, give_back},
+    places::Awaits,
     turned_away::{self, LINGER, LINGER_MAX},
     unreadable::{self, Largest, Size},
 };
@@ -135,6 +136,7 @@ impl Guarded {
 
     /// Stops the clock: what comes now is a body.
     pub(super) fn header_is_in(&self) {
+        self.admitted.place().works();
         self.phase.set(Phase::BODY);
     }
 
@@ -186,7 +188,7 @@ impl Guarded {
             _ => {}
         }
         if self.is_too_late(cx) {
-            self.tell_too_late(cx);
+            self.tell(cx, &turned_away::header_timeout());
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let before = buffer.filled().len();
@@ -195,8 +197,16 @@ impl Guarded {
         if !new.is_empty() {
             self.size.follow(new);
             let allowed = self.allowed.header;
-            self.begun.get_or_insert_with(Instant::now);
+            let begun = *self.begun.get_or_insert_with(Instant::now);
             self.clock.get_or_insert_with(|| after(allowed));
+            let place = self.admitted.place();
+            place.awaits(Awaits::Header, begun.into_std());
+        } else if read.is_pending() && self.admitted.place().poll_ended(cx) {
+            let what = "connection closed to make room: no request under way";
+            self.admitted.note(Limit::MakesRoom, what);
+            self.tell(cx, &turned_away::too_many_connections());
+            // Nothing was read: that is the end of it.
+            return Poll::Ready(Ok(()));
         }
         read
     }
@@ -205,6 +215,11 @@ impl Guarded {
     fn begin_header(&mut self, begun: Option<Instant>) {
         self.clock = begun.map(|_| after(self.allowed.header));
         self.begun = begun;
+        let (awaits, since) = match begun {
+            Some(begun) => (Awaits::Header, begun),
+            None => (Awaits::Request, Instant::now()),
+        };
+        self.admitted.place().awaits(awaits, since.into_std());
         self.size = Size::default();
         self.phase.set(Phase::HEADER);
     }
@@ -221,15 +236,14 @@ impl Guarded {
         read
     }
 
-    /// Sends a 408 to who has begun a header.
-    fn tell_too_late(&mut self, cx: &mut Context<'_>) {
+    /// Sends an answer to who has begun a header.
+    fn tell(&mut self, cx: &mut Context<'_>, answer: &[u8]) {
         if self.begun.is_none() {
             return;
         }
         // Best effort: who sends slowly may well not read either.
-        let answer = turned_away::header_timeout();
         let stream = Pin::new(&mut self.stream);
-        if let Poll::Ready(Ok(_)) = stream.poll_write(cx, &answer) {
+        if let Poll::Ready(Ok(_)) = stream.poll_write(cx, answer) {
             let _too_late_for_more = Pin::new(&mut self.stream).poll_flush(cx);
         }
     }
@@ -262,6 +276,12 @@ impl Guarded {
                 }
                 Some(_) => {}
             }
+            watch.note(self.admitted.place());
+        }
+        if read.is_pending() && self.admitted.place().poll_ended(cx) {
+            let what = "http/2 connection closed to make room: no request under way";
+            self.admitted.note(Limit::MakesRoom, what);
+            return Poll::Ready(Ok(()));
         }
         read
     }
@@ -375,6 +395,7 @@ impl Guarded {
                 unreadable::refused(self.admitted.peer(), self.admitted.metrics());
             }
         }
+        watch.note(self.admitted.place());
     }
 }
 
@@ -513,7 +534,9 @@ mod tests {
     fn under_guard(near: DuplexStream) -> (Guarded, Arc<Metrics>) {
         let metrics = Arc::new(Metrics::new());
         let connections = Arc::new(Connections::new(Arc::clone(&metrics), 10));
-        let admitted = connections.admit(None, &Config::default()).unwrap();
+        let admitted = connections
+            .admit(None, &Config::default(), std::time::Instant::now())
+            .unwrap();
         let allowed = Allowed {
             header: SECOND * 10,
             write: SECOND * 60,

@@ -1,7 +1,8 @@
 //! The data plane: from a client's bytes to an upstream's and back.
 //!
-//! - `edge`: around Pingora's proxy: counts connections (`connections`), turns
-//!   away those that are too many (`turned_away`), guards the others
+//! - `edge`: around Pingora's proxy: counts connections (`connections`), ends
+//!   those that wait where there are too many (`places`) or turns new ones away
+//!   (`turned_away`), guards the others
 //!   (`guarded`, `frames`), and answers what Pingora cannot read (`unreadable`)
 //! - `serve`: one request from its header to its end
 //! - `head`, `calls`, `body` (with `bodies`, their memory): what a request must be before it counts
@@ -36,6 +37,7 @@ mod head;
 mod io;
 mod link;
 mod local;
+mod places;
 mod record;
 mod relay;
 mod report;

@@ -66,14 +66,14 @@ impl TurnedAway {
     }
 }
 
-fn too_many_connections() -> Bytes {
+fn crowded() -> Error {
     let error = Error::new(
         StatusCode::SERVICE_UNAVAILABLE,
         "server_error",
         "too_many_connections",
         "the gateway has as many connections as it takes",
     );
-    raw(&error.retry_after(RETRY_AFTER), &new_id())
+    error.retry_after(RETRY_AFTER)
 }
 
 /// Returns the answer to a header that took too long.
@@ -84,6 +84,12 @@ pub(super) fn header_timeout() -> Bytes {
         "the request header took too long",
     );
     raw(&error, &new_id())
+}
+
+/// Returns the answer to who is one too many, or has to make room with half a
+/// header sent.
+pub(super) fn too_many_connections() -> Bytes {
+    raw(&crowded(), &new_id())
 }
 
 /// Returns a request id; a client's own is not known yet.

@@ -46,13 +46,33 @@ async fn is_turned_away(addr: SocketAddr) {
     assert!(connection.rest().await.is_empty());
 }
 
+/// Opens connections that each have a request under way, for long.
+async fn at_work(addr: SocketAddr, count: usize) -> Vec<Connection> {
+    let mut open = Vec::new();
+    for _ in 0..count {
+        let mut connection = Connection::open(addr).await;
+        let body = chat_stream("demo");
+        connection.request("POST", CHAT, &[], body.as_bytes()).await;
+        connection.read_until("answers:").await;
+        open.push(connection);
+    }
+    open
+}
+
+/// A simulator whose streams last.
+async fn lasting() -> Sim {
+    let sim = sim("gpu-1").await;
+    sim.fault("path=*;tokens=100000;gap=50ms").await.unwrap();
+    sim
+}
+
 #[tokio::test]
 async fn a_connection_too_many_gets_a_503_and_a_free_place_is_given_again() {
-    let sim = sim("gpu-1").await;
+    let sim = lasting().await;
     let limits = "limits: { connections: 5 }\n";
     let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
     gateway.metric_becomes(OPEN, 0.0).await;
-    let mut held = used(gateway.addr, 5).await;
+    let mut held = at_work(gateway.addr, 5).await;
     assert_eq!(gateway.metric(OPEN).await, Some(5.0));
     let max = gateway.metric("forebay_client_connections_max").await;
     assert_eq!(max, Some(5.0));
@@ -62,56 +82,86 @@ async fn a_connection_too_many_gets_a_503_and_a_free_place_is_given_again() {
     assert_eq!(gateway.metric(&hits("connections")).await, Some(3.0));
     gateway.logged("limit=connections client=127.0.0.1").await;
     assert_eq!(gateway.log().matches("limit=connections ").count(), 1);
-    assert!(sim.records().is_empty());
-    // Who was there first is served on.
-    let body = chat("demo");
-    held[0].request("POST", CHAT, &[], body.as_bytes()).await;
-    assert_eq!(held[0].answer().await.status, 200);
+    assert_eq!(sim.records().len(), 5);
     drop(held.pop());
     gateway.metric_becomes(OPEN, 4.0).await;
-    assert_eq!(post_chat(gateway.addr, &body).await.status, 200);
+    assert_eq!(get(gateway.addr, "/livez").await.status, 200);
     drop(held);
     gateway.metric_becomes(OPEN, 0.0).await;
 }
 
 #[tokio::test]
 async fn one_address_may_have_so_many_and_a_trusted_proxy_more() {
-    let sim = sim("gpu-1").await;
+    let sim = lasting().await;
     let yaml = one_group(&[&sim]);
     let limits = "limits: { connections_per_ip: 3 }\n";
     let gateway = Gateway::start(&format!("{limits}{yaml}")).await;
     gateway.metric_becomes(OPEN, 0.0).await;
-    let _held = used(gateway.addr, 3).await;
+    let _held = at_work(gateway.addr, 3).await;
     is_turned_away(gateway.addr).await;
     assert_eq!(gateway.metric(&hits("connections_per_ip")).await, Some(1.0));
     // Taken over by a reload, for those who come after it.
     let trusted = "trusted_proxies: [127.0.0.0/8]\n";
     gateway.write_config(&format!("{limits}{trusted}{yaml}"));
     assert_eq!(gateway.reload().await.status, 200);
-    let _more = used(gateway.addr, 5).await;
+    let _more = at_work(gateway.addr, 5).await;
+}
+
+#[tokio::test]
+async fn who_has_no_request_under_way_makes_room() {
+    let sim = lasting().await;
+    for limits in ["connections: 3", "connections_per_ip: 3"] {
+        let limits = format!("limits: {{ {limits}, header_timeout: 60s }}\n");
+        let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+        gateway.metric_becomes(OPEN, 0.0).await;
+        let mut works = at_work(gateway.addr, 1).await.remove(0);
+        let mut idle = used(gateway.addr, 1).await.remove(0);
+        let mut half = Connection::open(gateway.addr).await;
+        half.send(b"GET /livez HTTP/1.1\r\nhost: a\r\n").await;
+        gateway.metric_becomes(OPEN, 3.0).await;
+        let come = at_work(gateway.addr, 2).await;
+        assert!(idle.rest().await.is_empty());
+        let answer = half.answer().await;
+        assert_eq!(
+            (answer.status, &*answer.error_code()),
+            (503, "too_many_connections")
+        );
+        assert!(half.rest().await.is_empty());
+        assert_eq!(gateway.metric(&hits("idle_connections")).await, Some(2.0));
+        // All are at work now.
+        is_turned_away(gateway.addr).await;
+        works.read_until("data: ").await;
+        drop((works, come));
+        gateway.metric_becomes(OPEN, 0.0).await;
+    }
 }
 
 #[tokio::test]
 async fn more_clients_than_places_never_wait_for_each_other() {
-    let sim = sim("gpu-1").await;
-    let limits = "limits: { connections: 20 }\n";
+    let sim = lasting().await;
+    let limits = "limits: { connections: 20, header_timeout: 60s }\n";
     let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
     gateway.metric_becomes(OPEN, 0.0).await;
-    let mut held = used(gateway.addr, 10).await;
-    // Connections that are turned away and do not care.
+    let mut held = at_work(gateway.addr, 10).await;
+    // Connections that say nothing, or half of a header.
     let mut deaf = Vec::new();
-    for _ in 0..300 {
-        deaf.push(Connection::open(gateway.addr).await);
+    for number in 0..300 {
+        let mut connection = Connection::open(gateway.addr).await;
+        if number % 2 == 0 {
+            connection.try_send(b"GET /livez HTTP/1.1\r\nx: ").await;
+        }
+        deaf.push(connection);
+        if number % 10 == 0 {
+            assert_eq!(get(gateway.addr, "/livez").await.status, 200);
+        }
     }
+    assert!(gateway.metric(OPEN).await <= Some(22.0));
+    assert_eq!(gateway.metric(&hits("connections")).await, None);
     for connection in &mut held {
-        let body = chat("demo");
-        connection.request("POST", CHAT, &[], body.as_bytes()).await;
-        assert_eq!(connection.answer().await.status, 200);
+        connection.read_until("data: ").await;
     }
-    gateway.metric_becomes(OPEN, 20.0).await;
-    drop(deaf);
-    gateway.metric_becomes(OPEN, 10.0).await;
-    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    drop((deaf, held));
+    gateway.metric_becomes(OPEN, 0.0).await;
 }
 
 #[tokio::test]

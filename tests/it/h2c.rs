@@ -14,7 +14,11 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::support::{Answer, Gateway, chat, chat_stream, http::post_chat, one_group, sim, soon};
+use crate::support::{
+    Answer, Gateway, chat, chat_stream, eventually,
+    http::{get, post_chat},
+    one_group, sim, soon,
+};
 
 const CHAT: &str = "/v1/chat/completions";
 const IN_FLIGHT: &str = "forebay_requests_in_flight";
@@ -404,4 +408,29 @@ async fn a_client_that_only_says_hello_harms_nobody() {
         .unwrap();
     soon("the end", garbage.read_to_end(&mut rest)).await.ok();
     is_unharmed(&gateway).await;
+}
+
+#[tokio::test]
+async fn an_idle_connection_makes_room_and_one_with_a_request_does_not() {
+    let sim = sim("gpu-1").await;
+    let limits = "limits: { connections: 2 }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    let open = "forebay_client_connections";
+    gateway.metric_becomes(open, 0.0).await;
+    let (idle, works) = (connect(gateway.addr).await, connect(gateway.addr).await);
+    assert_eq!(post(&idle, &chat("demo")).await.status, 200);
+    sim.fault("header_delay=3600000").await.unwrap();
+    let mut working = JoinSet::new();
+    let sender = works.clone();
+    working.spawn(async move { ask(&sender, request(CHAT, &[]), chat("demo")).await.is_ok() });
+    gateway.metric_becomes(IN_FLIGHT, 1.0).await;
+    assert_eq!(get(gateway.addr, "/livez").await.status, 200);
+    eventually("the idle one is closed", async || {
+        idle.clone().ready().await.is_err()
+    })
+    .await;
+    let hits = "forebay_limit_hits_total{limit=\"idle_connections\"}";
+    assert_eq!(gateway.metric(hits).await, Some(1.0));
+    assert_eq!(gateway.metric(IN_FLIGHT).await, Some(1.0));
+    assert!(works.ready().await.is_ok());
 }
