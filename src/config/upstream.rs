@@ -130,7 +130,7 @@ pub struct Upstream {
     /// Whether streams are asked for their usage (`stream_options.include_usage`).
     pub include_usage: bool,
     /// Whether it can go on with an answer that another upstream began
-    /// (`continue_final_message`); absent means by its kind, or as it is learned.
+    /// (`continue_final_message`); absent means by its kind, or as it proves.
     pub r#continue: Option<bool>,
     /// Whether it gets nothing new: what is under way ends as usual.
     pub drain: bool,

@@ -141,6 +141,9 @@ impl Attempt<'_> {
             .map(|ask| ask.request.clone())
             .or_else(|| self.ctx.request.clone())
             .expect("an exchange has a parsed request");
+        if is_rest && let Some(tried) = Box::pin(self.prove(connector, client)).await? {
+            return Ok(tried);
+        }
         let mut encoded = match self.encode(&request) {
             Ok(encoded) => encoded,
             Err(why) => return Ok(Tried::Failed(Failure::unsupported(why))),
@@ -196,7 +199,7 @@ impl Attempt<'_> {
 
     /// Connects, sends the request and waits for the header. A pooled
     /// connection that turns out to be stale is replaced once by a fresh one.
-    async fn open(
+    pub(super) async fn open(
         &mut self,
         connector: &Arc<TransportConnector>,
         client: &mut Client<'_>,
@@ -390,7 +393,7 @@ impl Attempt<'_> {
     }
 
     /// Reads why the upstream refused, and gives the connection back.
-    async fn refused(
+    pub(super) async fn refused(
         &mut self,
         mut answering: Answering,
         client: &mut Client<'_>,
@@ -427,7 +430,7 @@ impl Attempt<'_> {
     }
 
     /// Says the request in the words of this upstream.
-    fn encode(&self, request: &ApiRequest) -> Result<Encoded, Unsupported> {
+    pub(super) fn encode(&self, request: &ApiRequest) -> Result<Encoded, Unsupported> {
         let (upstream, model) = (self.upstream, &*self.step.model);
         let context = |tokens| upstream.context(model, tokens, Instant::now());
         dialects::of(&upstream.config).encode(&Call {
@@ -439,7 +442,7 @@ impl Attempt<'_> {
         })
     }
 
-    fn wire_request(&self, encoded: &Encoded) -> WireRequest {
+    pub(super) fn wire_request(&self, encoded: &Encoded) -> WireRequest {
         let length = encoded.body.len().to_string();
         let fields: [(&str, &[u8]); 4] = [
             ("content-type", b"application/json"),
@@ -503,14 +506,14 @@ impl Attempt<'_> {
 }
 
 /// An answer that is not a success, read.
-struct Refusal {
-    status: StatusCode,
-    error: UpstreamError,
+pub(super) struct Refusal {
+    pub(super) status: StatusCode,
+    pub(super) error: UpstreamError,
     wait: Option<Duration>,
 }
 
 impl Refusal {
-    fn judged(self) -> Tried {
+    pub(super) fn judged(self) -> Tried {
         match judge(self.status, self.error, self.wait) {
             Judgement::Failed(failure) => Tried::Failed(failure),
             Judgement::PassOn(error) => Tried::PassOn(error),

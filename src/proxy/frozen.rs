@@ -22,7 +22,7 @@ use tokio::{sync::watch, time::sleep};
 use super::{
     admission::key,
     attempt::Attempt,
-    takeover::{Told, may_go_on},
+    takeover::{Told, goes_on},
     verdict::{Failure, Hint},
 };
 use crate::{
@@ -293,7 +293,7 @@ impl Attempt<'_> {
     /// Returns whether somebody who was not asked may go on with an answer.
     fn others_go_on(&self, ask: &Ask, now: Instant) -> bool {
         self.others(now)
-            .any(|other| !is_in(self.elsewhere.tried, other) && may_go_on(other, ask))
+            .any(|other| !is_in(self.elsewhere.tried, other) && goes_on(other, ask))
     }
 
     /// Returns whether somebody may go on with what this upstream has begun.
@@ -312,7 +312,7 @@ impl Attempt<'_> {
         match told.partial.ask(request) {
             Err(_obstacle) => false,
             Ok(Rest::Nothing) => true,
-            Ok(Rest::Ask(ask)) => self.others(now).any(|other| may_go_on(other, &ask)),
+            Ok(Rest::Ask(ask)) => self.others(now).any(|other| goes_on(other, &ask)),
         }
     }
 

@@ -5,10 +5,11 @@
 use std::{sync::Arc, time::Instant};
 
 use http::StatusCode;
+use pingora::connectors::TransportConnector;
 
 use super::{
-    attempt::Attempt,
-    client::Client,
+    attempt::{Attempt, Tried},
+    client::{Client, Left},
     relay::{Relay, Step, broken},
     verdict::{Failure, Judgement, judge},
 };
@@ -123,6 +124,61 @@ impl Attempt<'_> {
         }
     }
 
+    /// Finds out of an upstream of which nobody knows it whether it goes on with
+    /// answers: one that ignores the wish would begin anew, with words that nobody
+    /// could tell from a rest. So it is asked for a contradiction first, which
+    /// only one that knows the wish refuses; it costs the others a token, once.
+    /// Returns what came of the try if it ends with that.
+    ///
+    /// # Errors
+    /// [`Left`].
+    pub(super) async fn prove(
+        &mut self,
+        connector: &Arc<TransportConnector>,
+        client: &mut Client<'_>,
+    ) -> Result<Option<Tried>, Left> {
+        let ask = self.told.as_ref().and_then(|told| told.ask.as_ref());
+        let Some(ask) = ask.filter(|ask| ask.continues) else {
+            return Ok(None);
+        };
+        if self.upstream.continues(self.endpoint()) != Continues::Perhaps {
+            return Ok(None);
+        }
+        let unproven = |why| {
+            Ok(Some(Tried::Failed(Failure::new(
+                Verdict::NotContinued,
+                why,
+            ))))
+        };
+        let Some(Ok(encoded)) = ask.contradiction().map(|asked| self.encode(&asked)) else {
+            return unproven("it cannot be asked whether it goes on");
+        };
+        let wire = self.wire_request(&encoded);
+        let answering = match self.open(connector, client, wire).await? {
+            Ok(answering) => answering,
+            Err(failure) => return Ok(Some(Tried::Failed(failure))),
+        };
+        if answering.link.head().status.is_success() {
+            answering.link.close().await;
+            self.found_to_start_over();
+            return unproven("it does not know what going on is");
+        }
+        let refusal = self.refused(answering, client).await?;
+        let names_both = |text: &String| {
+            text.contains("continue_final_message") && text.contains("add_generation_prompt")
+        };
+        let is_of_contradiction = matches!(refusal.status.as_u16(), 400 | 422)
+            && refusal.error.message.as_ref().is_some_and(names_both);
+        if is_of_contradiction {
+            self.upstream.found_to_continue();
+            return Ok(None);
+        }
+        let of_rest = self.refuses_rest(refusal.status, &refusal.error);
+        Ok(Some(
+            of_rest.map_or_else(|| refusal.judged(), Tried::Failed),
+        ))
+    }
+
     /// Judges an error status as the answer to the question for the rest of an
     /// answer: what would be the caller's fault is ours then. `None` if it is
     /// to be judged like any other.
@@ -147,7 +203,8 @@ impl Attempt<'_> {
 
     /// Remembers that the upstream cannot go on, unless it is known that it can.
     fn found_to_start_over(&self) {
-        if self.upstream.continues(self.endpoint()) == Continues::Perhaps {
+        let continues = self.upstream.continues(self.endpoint());
+        if matches!(continues, Continues::Perhaps | Continues::Learned) {
             log::info!(
                 "upstream does not continue answers: name={}",
                 self.upstream.name

@@ -417,6 +417,12 @@ pub(super) fn may_go_on(upstream: &Upstream, ask: &Ask) -> bool {
     !ask.continues || upstream.continues(ask.request.endpoint) != Continues::No
 }
 
+/// Returns whether it is known of an upstream that it goes on.
+pub(super) fn goes_on(upstream: &Upstream, ask: &Ask) -> bool {
+    let continues = upstream.continues(ask.request.endpoint);
+    !ask.continues || matches!(continues, Continues::Yes | Continues::Learned)
+}
+
 /// The error event of an answer that broke off.
 fn incomplete(verdict: Verdict) -> Error {
     let (code, message) = match verdict {

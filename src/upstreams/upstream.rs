@@ -15,7 +15,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{
-            AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize,
+            AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -79,8 +79,8 @@ pub struct Upstream {
     pub discovery: Arc<Discovery>,
     /// How large a context its models have.
     pub contexts: Arc<ContextSizes>,
-    /// Whether it was found not to go on with what another began.
-    starts_over: Arc<AtomicBool>,
+    /// What was found out of whether it goes on with what another began.
+    learned: Arc<AtomicU8>,
     /// What smooth weighted turns owe it. Belongs to
     /// [`strategies`](super::strategies); nobody else may touch it. Here and not
     /// there so that it goes with the upstream when groups change.
@@ -140,11 +140,18 @@ pub enum Refusal {
 pub enum Continues {
     /// It is known to, by its kind or by the YAML.
     Yes,
+    /// It was found to know what it is asked for then.
+    Learned,
     /// Nobody knows: it may refuse, or begin anew.
     Perhaps,
     /// It does not.
     No,
 }
+
+/// What is remembered of a server that is asked for the rest of an answer;
+/// 0 is nothing.
+const LEARNED_YES: u8 = 1;
+const LEARNED_NO: u8 = 2;
 
 /// What makes an upstream's configuration useless.
 #[derive(Debug, thiserror::Error)]
@@ -263,9 +270,9 @@ pub fn build(
         health,
         discovery,
         contexts,
-        starts_over: previous
+        learned: previous
             .filter(|old| old.base == base)
-            .map_or_else(Arc::default, |old| Arc::clone(&old.starts_over)),
+            .map_or_else(Arc::default, |old| Arc::clone(&old.learned)),
         credit: AtomicI64::new(0),
         models: config
             .models
@@ -417,14 +424,22 @@ impl Upstream {
             (None, Kind::Ollama, _) => Continues::No,
             (None, _, Endpoint::Completions) => Continues::Yes,
             (None, Kind::Vllm | Kind::Llamacpp, _) => Continues::Yes,
-            _ if self.starts_over.load(Relaxed) => Continues::No,
-            _ => Continues::Perhaps,
+            _ => match self.learned.load(Relaxed) {
+                LEARNED_NO => Continues::No,
+                LEARNED_YES => Continues::Learned,
+                _ => Continues::Perhaps,
+            },
         }
+    }
+
+    /// Notes that it knows what going on with an answer is.
+    pub fn found_to_continue(&self) {
+        self.learned.store(LEARNED_YES, Relaxed);
     }
 
     /// Notes that it does not go on with what another began.
     pub fn found_to_start_over(&self) {
-        self.starts_over.store(true, Relaxed);
+        self.learned.store(LEARNED_NO, Relaxed);
     }
 
     /// Takes a slot whatever its health is; `None` at `concurrent`. For the

@@ -546,15 +546,76 @@ async fn who_begins_anew_is_noticed_before_the_client_reads_it() {
 
 #[tokio::test]
 async fn a_server_of_unknown_kind_that_goes_on_is_used() {
-    let gpu_1 = Scripted::always(stream(&beginning())).await;
+    let deads = [
+        Scripted::always(stream(&beginning())).await,
+        Scripted::always(stream(&beginning())).await,
+    ];
+    let unknown = ByHand::listen().await;
+    let config = dying(
+        &[&deads[0], &deads[1]],
+        &[("unknown", unknown.url(), "kind: openai")],
+    );
+    let gateway = Gateway::start(&config).await;
     // It repeats the first letters, and is another text all the same.
     let mut same = rest();
     same[1] = next(json!({ "content": "On" }), None);
-    let gpu_2 = Scripted::always(stream(&same)).await;
-    let config = group(&[("gpu-1", gpu_1.url(), ""), ("gpu-2", gpu_2.url(), "")]);
-    let gateway = Gateway::start(&config).await;
-    let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
-    assert_one(&answer, "Once upon a On there.");
+    let mut client = asking(&gateway, &chat_stream("m0")).await;
+    let mut call = unknown.accept().await;
+    let proof: Value = serde_json::from_slice(call.body()).unwrap();
+    assert_eq!(proof["continue_final_message"], true);
+    assert_eq!(proof["add_generation_prompt"], true);
+    assert_eq!(
+        (&proof["stream"], &proof["max_tokens"]),
+        (&json!(false), &json!(1))
+    );
+    let knows = r#"{"error":{"message":"Cannot set both `continue_final_message` and `add_generation_prompt` to True.","type":"BadRequestError","param":null,"code":400}}"#;
+    call.send(scripted::json(400, knows)).await;
+    drop(call);
+    let mut call = unknown.accept().await;
+    assert_asked_to_continue(call.body(), "Once upon a");
+    send_all(&mut call, &same).await;
+    call.end().await;
+    assert_one(&client.answer().await, "Once upon a On there.");
+    drop(call);
+    // Once is enough.
+    let mut client = asking(&gateway, &chat_stream("m1")).await;
+    let mut call = unknown.accept().await;
+    assert_asked_to_continue(call.body(), "Once upon a");
+    send_all(&mut call, &same).await;
+    call.end().await;
+    assert_one(&client.answer().await, "Once upon a On there.");
+}
+
+#[tokio::test]
+async fn a_server_of_unknown_kind_that_ignores_the_wish_never_doubles_a_text() {
+    let (gpu_1, other) = (sim("gpu-1").await, sim("other").await);
+    let good = sim("good").await;
+    gpu_1.fault("die_at=5").await.unwrap();
+    other.fault("continue=ignore").await.unwrap();
+    // Alone, and with one behind it that can.
+    for more in [None, Some("kind: vllm")] {
+        let mut upstreams = vec![
+            ("gpu-1", gpu_1.url(), "kind: vllm, models: [demo]"),
+            ("other", other.url(), "kind: generic, concurrent: 9"),
+        ];
+        upstreams.extend(more.map(|keys| ("good", good.url(), keys)));
+        let gateway = Gateway::start(&group(&upstreams)).await;
+        other.clear_records();
+        let mut whole = 0;
+        for _ in 0..3 {
+            let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
+            let said = answer.content();
+            assert_eq!(said.matches("answers:").count(), 1, "{said}");
+            assert!(answer.status == 200, "{}", answer.text());
+            whole += usize::from(answer.text().ends_with("data: [DONE]\n\n"));
+        }
+        assert_eq!(whole == 3, more.is_some(), "{whole}");
+        let proofs = other.records();
+        let proofs = proofs
+            .iter()
+            .filter(|one| String::from_utf8_lossy(&one.body).contains("continue_final_message"));
+        assert_eq!(proofs.count(), 1);
+    }
 }
 
 #[tokio::test]

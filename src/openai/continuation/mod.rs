@@ -130,6 +130,28 @@ pub struct Ask {
     pub sequel: Sequel,
 }
 
+impl Ask {
+    /// Returns a request that a server refuses if it knows how to go on with an
+    /// answer: to end the last message and to go on with it. One that does not
+    /// know takes it for an ordinary one, of one token.
+    pub fn contradiction(&self) -> Option<ApiRequest> {
+        let mut edits = vec![
+            Edit::set("add_generation_prompt", &b"true"[..]),
+            Edit::set("stream", &b"false"[..]),
+            Edit::remove("stream_options"),
+            Edit::remove("min_tokens"),
+        ];
+        let bounds = BOUNDS.iter().filter(|key| self.request.get(key).is_some());
+        edits.extend(bounds.map(|&key| Edit::set(key, &b"1"[..])));
+        let is_bounded = BOUNDS.iter().any(|key| self.request.get(key).is_some());
+        if !is_bounded {
+            edits.push(Edit::set("max_tokens", &b"1"[..]));
+        }
+        let raw = self.request.edited(&edits);
+        ApiRequest::parse(self.request.endpoint, raw, usize::MAX).ok()
+    }
+}
+
 impl Partial {
     /// Begins an answer to this request, of whose text at most `text_max` bytes
     /// (with the escapes of JSON) are remembered.
