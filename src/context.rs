@@ -47,6 +47,9 @@ pub struct RequestContext {
     pub principal: Option<Arc<Principal>>,
     /// Where the exchange may go.
     pub restrict: Restrict,
+    /// What keeps this caller's prompts apart in the caches of upstreams that
+    /// know such a salt.
+    pub cache_salt: Option<Arc<str>>,
     /// The label of the route that was taken; before the plugins have run, of
     /// the one that the client's own words lead to; empty before the body is in.
     pub route: Arc<str>,
@@ -84,6 +87,7 @@ impl RequestContext {
             reply: HeaderMap::new(),
             principal: None,
             restrict: Restrict::default(),
+            cache_salt: None,
             route: Arc::from(""),
             attempts: Vec::new(),
             queued: Duration::ZERO,

@@ -90,6 +90,8 @@ pub struct Call<'a> {
     pub model: &'a str,
     /// What the YAML says of the upstream.
     pub upstream: &'a Upstream,
+    /// What keeps the caller's prompts apart in the upstream's cache.
+    pub cache_salt: Option<&'a str>,
     /// Returns the context to ask for, in tokens, if this many should fit.
     pub context: &'a dyn Fn(u32) -> u32,
     /// The most bytes of an answer that may be held until an event is whole.

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use super::{Call, Dialect, Encoded, Unsupported};
 use crate::{
     config::{Kind, Upstream},
-    openai::{ApiRequest, Edit},
+    openai::{ApiRequest, Edit, Endpoint},
 };
 
 /// Speaks OpenAI's API.
@@ -39,6 +39,9 @@ impl Dialect for Openai {
         let hide_usage = ask.is_some();
         edits.extend(ask);
         edits.extend(words_of_ollama(request, upstream));
+        if let Some(salt) = call.cache_salt.filter(|_| knows_salt(request, upstream)) {
+            edits.push(Edit::set_text("cache_salt", salt));
+        }
         Ok(Encoded {
             suffix: request.endpoint.suffix(),
             accept: if request.stream {
@@ -62,6 +65,16 @@ impl Dialect for Openai {
     }
 }
 
+/// Only vLLM reads a salt, and only where it makes text; to others it may be an
+/// unknown parameter, and so an error.
+fn knows_salt(request: &ApiRequest, upstream: &Upstream) -> bool {
+    let makes_text = matches!(
+        request.endpoint,
+        Endpoint::ChatCompletions | Endpoint::Completions | Endpoint::Responses
+    );
+    upstream.kind == Kind::Vllm && makes_text
+}
+
 /// Ollama's `/v1` reads `max_tokens` only, and would ignore the newer spelling.
 fn words_of_ollama(request: &ApiRequest, upstream: &Upstream) -> Option<Edit<'static>> {
     let wish = request.max_tokens.as_ref()?;
@@ -78,7 +91,6 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::openai::Endpoint;
 
     fn encode(body: &str, upstream: &Upstream) -> (Bytes, Encoded) {
         let raw = Bytes::copy_from_slice(body.as_bytes());
@@ -87,6 +99,7 @@ mod tests {
             request: &request,
             model: "m",
             upstream,
+            cache_salt: Some("salt"),
             context: &|tokens| tokens,
             event_bytes_max: 1024,
         };
@@ -102,6 +115,20 @@ mod tests {
         assert_eq!(encoded.suffix, "/chat/completions");
         assert!(encoded.decoder.is_none());
         assert!(!encoded.hide_usage);
+    }
+
+    #[test]
+    fn a_salt_goes_to_vllm_and_to_nobody_else() {
+        let body = r#"{"model":"m","messages":[{}]}"#;
+        let vllm = Upstream {
+            kind: Kind::Vllm,
+            ..Upstream::default()
+        };
+        let (_, encoded) = encode(body, &vllm);
+        let wanted = r#"{"model":"m","messages":[{}],"cache_salt":"salt"}"#;
+        assert_eq!(encoded.body, wanted);
+        let (_, encoded) = encode(body, &Upstream::default());
+        assert_eq!(encoded.body, body);
     }
 
     #[test]

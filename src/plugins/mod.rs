@@ -23,6 +23,7 @@
 //! [`on_finish`]: Plugin::on_finish
 
 mod auth;
+mod cache_salt;
 mod chain;
 mod entry;
 mod meter;
@@ -36,6 +37,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 
 pub use auth::{Auth, hash_token, new_token};
+pub use cache_salt::CacheSalt;
 pub use chain::{Chain, Passed};
 pub use entry::Entry;
 
@@ -48,7 +50,7 @@ use crate::{
 };
 
 /// Every plugin there is. A new one is its file and a line here.
-pub const PLUGINS: &[Entry] = &[Entry::of::<Auth>()];
+pub const PLUGINS: &[Entry] = &[Entry::of::<Auth>(), Entry::of::<CacheSalt>()];
 
 /// Watches and changes requests on their way.
 ///

@@ -437,6 +437,7 @@ impl Attempt<'_> {
             request,
             model,
             upstream: &upstream.config,
+            cache_salt: self.ctx.cache_salt.as_deref(),
             context: &context,
             event_bytes_max: self.limits.event.get(),
         })

@@ -342,6 +342,7 @@ fn has_words(step: &Step, upstream: &Upstream, request: &ApiRequest) -> bool {
         request,
         model: &step.model,
         upstream: &upstream.config,
+        cache_salt: None,
         context: &|tokens| tokens,
         event_bytes_max: usize::MAX,
     };

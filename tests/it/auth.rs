@@ -5,33 +5,13 @@ use forebay::plugins::hash_token;
 use crate::support::{
     Connection, Gateway, chat, chat_stream, eventually,
     http::{ask, get, post, post_chat},
+    keys::{bearer, keys, token},
     one_group, sim, with_fallback,
 };
-
-/// The token of the key with this name.
-fn token(name: &str) -> String {
-    format!("fb_token_that_nobody_guesses_of_{name}")
-}
-
-/// A keys file: each key's name, and its further fields.
-fn keys(all: &[(&str, &str)]) -> String {
-    let mut text = "keys:\n".to_owned();
-    for (name, rest) in all {
-        let hash = hash_token(&token(name));
-        text.push_str(&format!(
-            "  - {{ name: {name}, sha256: \"{hash}\"{rest} }}\n"
-        ));
-    }
-    text
-}
 
 /// A configuration that asks for keys; failures are counted, never refused.
 fn guarded(yaml: &str) -> String {
     format!("plugins:\n  - auth: {{ keys_file: keys.yaml, failures_per_minute: 1000000 }}\n{yaml}")
-}
-
-fn bearer(name: &str) -> String {
-    format!("Bearer {}", token(name))
 }
 
 async fn chat_as(gateway: &Gateway, name: &str, model: &str) -> crate::support::Answer {

@@ -17,6 +17,7 @@ mod support;
 mod auth;
 mod bad_input;
 mod breaker;
+mod cache_salt;
 mod chaos;
 mod cli;
 mod config_files;

@@ -24,6 +24,7 @@ fn encode_for(
         request: &request,
         model: "llama3.1",
         upstream,
+        cache_salt: None,
         context: &|tokens| tokens.max(2048).next_power_of_two(),
         event_bytes_max: LINE_MAX,
     };

@@ -7,6 +7,7 @@ pub mod by_hand;
 pub mod frames;
 pub mod gateway;
 pub mod http;
+pub mod keys;
 pub mod scripted;
 
 pub use gateway::Gateway;
