@@ -139,6 +139,25 @@ def test_a_frozen_server_is_passed_over_before_the_first_token(impatient):
     nothing_is_left(gateway)
 
 
+def test_a_server_that_freezes_inside_a_whole_answer_costs_nobody_anything(
+    start, model, tmp_path
+):
+    checks = {"every": "500ms", "timeout": "1s"}
+    llamas, gateway = begin(start, model, tmp_path, check=checks)
+    with client_of(gateway) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client.with_options(timeout=120), **LONG)
+        victim = eventually(lambda: busy(llamas), 10, "a server works on it")
+        llamas[victim].freeze()
+        try:
+            text, upstream_name = asked.result()
+        finally:
+            llamas[victim].thaw()
+    assert upstream_name != victim
+    assert text.startswith(SENTENCE)
+    assert len(text) > 3000
+    nothing_is_left(gateway)
+
+
 def test_a_restarted_server_is_used_again(cluster, start, model):
     client, llamas, gateway = cluster
     llamas["llama-1"].kill()
