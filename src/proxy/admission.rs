@@ -42,8 +42,9 @@ pub(super) enum Patience {
     /// As long as the group's `queue` says, but if there is another group after
     /// this one, at most `spill_after`.
     Spill,
-    /// The same, but it is not turned away because its turn would come too late:
-    /// half an answer comes again until it has a place.
+    /// The same for the rest of an answer that has begun, which is never turned
+    /// away: a full line has a place for it, and where there is no other line it
+    /// keeps its place.
     Rest,
     /// Until then: it has come back from the other groups.
     Until(Instant),
@@ -84,6 +85,7 @@ impl Admission<'_> {
         let queue = config.resolved_queue();
         let whole = match (self.patience, class) {
             (Patience::Until(until), _) => until.saturating_duration_since(began),
+            (Patience::Rest, _) if self.plan.steps.len() == 1 => Duration::MAX,
             (_, Class::Interactive) => queue.wait,
             (_, Class::Batch) => queue.batch_wait,
         };
@@ -96,7 +98,10 @@ impl Admission<'_> {
         };
         let comes_again = goes_on || matches!(self.patience, Patience::Rest);
         let rules = Rules {
-            size: queue.size,
+            size: match self.patience {
+                Patience::Rest => usize::MAX,
+                Patience::Spill | Patience::Until(_) => queue.size,
+            },
             wait: (!comes_again).then_some(wait),
         };
         let busy = |why: Why, retry_after| self.busy(class, why, retry_after, began + whole);

@@ -72,6 +72,16 @@ impl Reserved {
         held.saturating_add(more) <= most
     }
 
+    /// Sets the size without asking whether there is room, for what an answer that
+    /// has begun needs: those who come then find less.
+    pub(super) fn hold(&mut self, bytes: usize) {
+        let held = &self.bodies.held;
+        held.fetch_add(bytes, Ordering::Relaxed);
+        held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bytes = bytes;
+        self.bodies.show();
+    }
+
     /// Sets the size of the body, of which all together may have `most`.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ use rand::RngExt;
 use super::{
     admission::{Admission, Patience, Sought},
     attempt::{Attempt, Tried},
+    bodies::Reserved as Memory,
     client::{Client, Left, Waited},
     frozen::{Elsewhere, Onward, Reserved},
     report,
@@ -100,6 +101,8 @@ pub(super) struct Exchange<'a> {
     spilled: Option<Instant>,
     /// The groups whose budget for retries is used up.
     spent: Vec<Arc<Group>>,
+    /// The memory of its body, and of what is asked for in its place.
+    pub(super) memory: &'a mut Memory,
     /// What the last try took for the next.
     reserved: Option<Reserved>,
     /// Whether the groups behind this one come next.
@@ -128,6 +131,7 @@ impl<'a> Exchange<'a> {
         connector: &'a Arc<TransportConnector>,
         metrics: &'a Metrics,
         limits: &'a Limits,
+        memory: &'a mut Memory,
     ) -> Self {
         let deadline = ctx.started + limits.total_timeout.get();
         let affinity = ctx
@@ -150,6 +154,7 @@ impl<'a> Exchange<'a> {
             told: None,
             spilled: None,
             spent: Vec::new(),
+            memory,
             reserved: None,
             onward: true,
         }
@@ -238,9 +243,14 @@ impl<'a> Exchange<'a> {
                         None
                     }
                 };
-                let Some(slot) = slot else {
+                let Some(mut slot) = slot else {
                     break;
                 };
+                let group = &step.group;
+                let class = self.ctx.restrict.class;
+                if !slot.is_leased() && !group.waiting.admits(&mut slot, class, group.places()) {
+                    break;
+                }
                 self.tried.push(Arc::clone(slot.upstream()));
                 tries += 1;
                 match self.try_one(plan, step, slot, client).await? {

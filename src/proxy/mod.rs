@@ -9,6 +9,8 @@
 //! - `exchange` → `attempt` → `link`: the tries, one try, one connection
 //! - `admission`: the line in front of a group whose upstreams are all busy
 //! - `answer`, `relay`: a whole answer, a stream of events
+//! - `takeover`, `sequel`: a stream that broke off, gone on with by another
+//! - `frozen`: who waits for a frozen upstream, and where he goes
 //! - `verdict`: what an upstream's answer means, and what the client is told
 //! - `client`: the client's side of an exchange
 //! - `local`, `respond`: answers made here; `discover`: what upstreams list

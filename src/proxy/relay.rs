@@ -462,6 +462,12 @@ impl Attempt<'_> {
             return Err(Left);
         }
         let mut link = relay.answering;
+        let told = &relay.told;
+        // Of a rest whose upstream tells nothing, what is known all the same.
+        let usage = match (relay.usage, &told.ask) {
+            (None, Some(_)) => told.partial.usage(),
+            (usage, _) => usage,
+        };
         let tail = async { while let Ok(Some(_)) = link.link.read().await {} };
         if tokio::time::timeout(TAIL_TIMEOUT, tail).await.is_ok() && link.link.is_done() {
             link.release().await;
@@ -479,7 +485,7 @@ impl Attempt<'_> {
             error: relay.error.and_then(|error| error.code),
             streamed: true,
             first_token: relay.told.first_token,
-            usage: relay.usage,
+            usage,
         })
     }
 }

@@ -239,7 +239,8 @@ impl Proxy {
         }
         let metrics = &self.gateway.resources.metrics;
         let connector = &self.gateway.connector;
-        let exchange = Exchange::new(&mut live.ctx, &chain, connector, metrics, limits);
+        let memory = &mut live.body;
+        let exchange = Exchange::new(&mut live.ctx, &chain, connector, metrics, limits, memory);
         let error = match Box::pin(exchange.run(plan, &mut client)).await {
             Ok(Ok(ended)) => {
                 let bytes_out = client.bytes_out();

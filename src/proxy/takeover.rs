@@ -101,6 +101,9 @@ impl Exchange<'_> {
                     return self.break_off(death, client).await;
                 }
             };
+            // Both are kept: the next death asks for another rest of the first.
+            let bytes = request.raw.len() + ask.request.raw.len();
+            self.memory.hold(bytes.max(self.memory.bytes()));
             death = match self.ask_around(plan, death, &ask, client).await? {
                 Asked::Ended(ended) => return Ok(ended),
                 Asked::Died(death) => death,
@@ -247,7 +250,7 @@ impl Exchange<'_> {
                 {
                     continue;
                 }
-                let slot = match upstream.try_in_panic(&step.model, now) {
+                let mut slot = match upstream.try_in_panic(&step.model, now) {
                     Ok(slot) => slot,
                     Err(Refusal::Busy) => {
                         round.busy = true;
@@ -255,6 +258,12 @@ impl Exchange<'_> {
                     }
                     Err(Refusal::Unavailable) => continue,
                 };
+                let group = &step.group;
+                let class = self.ctx.restrict.class;
+                if !group.waiting.admits(&mut slot, class, group.places()) {
+                    round.busy = true;
+                    continue;
+                }
                 tries += 1;
                 told = match self.ask_one(step, slot, told, round, client).await? {
                     Ok(asked) => return Ok(Ok(asked)),

@@ -11,8 +11,9 @@
 //!   use what is free keeps its turn;
 //! - within a key first come, first served.
 //!
-//! **Invariant:** never more than `size` wait. When one more comes, it goes, or
-//! who has most places does: see [`Queue::make_room`].
+//! **Invariant:** never more than `size` wait, but for those who come with a larger
+//! one. When one more comes, it goes, or who has most places does: see
+//! [`Queue::make_room`].
 
 use std::{
     collections::VecDeque,

@@ -699,6 +699,11 @@ impl Slot {
         self.upstream.load.wake();
     }
 
+    /// Returns whether it has a batch request's lease.
+    pub fn is_leased(&self) -> bool {
+        self.lease.is_some()
+    }
+
     /// Keeps a batch request's lease as long as the slot is held.
     pub(super) fn hold(&mut self, lease: Lease) {
         self.lease = Some(lease);

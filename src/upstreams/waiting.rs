@@ -342,6 +342,20 @@ impl Waiting {
         }
     }
 
+    /// Counts a request that has taken its slot past the line; `false` if the
+    /// slot is kept from its class now.
+    pub fn admits(self: &Arc<Self>, slot: &mut Slot, class: Class, places: Option<u32>) -> bool {
+        if class == Class::Interactive {
+            return true;
+        }
+        let lease = self.lease(places, Instant::now());
+        let has_leave = lease.is_some();
+        if let Some(lease) = lease {
+            slot.hold(lease);
+        }
+        has_leave
+    }
+
     /// Counts a batch request, if there may be one more.
     fn lease(self: &Arc<Self>, places: Option<u32>, now: Instant) -> Option<Lease> {
         let most = self.batch_max(places, now);
@@ -619,6 +633,29 @@ mod tests {
             Some(Told::Slot(slot)) => slot,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn who_goes_past_the_line_leaves_what_is_kept_from_its_class() {
+        let (group, now) = (group("g", TWO, &[]), Instant::now());
+        drop(enter(&group, "m"));
+        let batch = Seeker {
+            class: Class::Batch,
+            ..seeker(&group, "m")
+        };
+        // Of two places one is kept from batch while others come.
+        let first = slot(enter_as(&group, batch, "batch"));
+        let free = group.upstreams.iter().find_map(|other| {
+            let is_taken = Arc::ptr_eq(other, first.upstream());
+            (!is_taken).then(|| other.try_in_panic(&"m".into(), now).unwrap())
+        });
+        let mut second = free.unwrap();
+        let admits = |slot: &mut Slot, class| group.waiting.admits(slot, class, group.places());
+        assert!(!admits(&mut second, Class::Batch));
+        assert!(admits(&mut second, Class::Interactive));
+        drop(first);
+        assert!(admits(&mut second, Class::Batch));
+        assert!(second.is_leased());
     }
 
     #[test]

@@ -477,11 +477,7 @@ async fn half_an_answer_never_comes_too_late_for_the_line() {
             "forebay_queue_refused_total{{class=\"interactive\",group=\"gpus\",reason=\"{why}\"}}"
         )
     };
-    eventually("it has stood in line", || async {
-        gateway.metric(&refused("timeout")).await >= Some(1.0)
-    })
-    .await;
-    assert_eq!(gateway.metric(&refused("late")).await, None);
+    in_line(&gateway, "interactive", 3).await;
     for _ in 0..3 {
         answer(call).await;
         call = busy.accept().await;
@@ -492,6 +488,9 @@ async fn half_an_answer_never_comes_too_late_for_the_line() {
     assert_eq!(id(&call), "half");
     answer_stream(call).await;
     assert_eq!(client.answer().await.content(), "HalfHi");
+    for why in ["late", "timeout"] {
+        assert_eq!(gateway.metric(&refused(why)).await, None, "{why}");
+    }
 }
 
 #[tokio::test]

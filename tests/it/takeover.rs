@@ -645,6 +645,43 @@ async fn usage_is_the_sum_whether_the_client_asked_for_it_or_not() {
 }
 
 #[tokio::test]
+async fn usage_that_only_the_first_told_is_not_lost() {
+    let mut begun = beginning();
+    begun.push(usage("a-1", 10, 3));
+    let gpu_1 = Scripted::always(stream(&begun)).await;
+    let mut silent = rest();
+    silent.remove(4);
+    let gpu_2 = Scripted::always(stream(&silent)).await;
+    let gateway = Gateway::start(&two(gpu_1.url(), gpu_2.url())).await;
+    let answer = post_chat(gateway.addr, &chat_stream("demo")).await;
+    assert_one(&answer, WHOLE);
+    gateway.logged("tokens_in=10 tokens_out=5").await;
+}
+
+#[tokio::test]
+async fn what_is_asked_for_in_its_place_counts_as_a_body() {
+    const HELD: &str = "forebay_request_bodies_bytes";
+    let (gpu_1, gpu_2) = (ByHand::listen().await, ByHand::listen().await);
+    let gateway = Gateway::start(&two(gpu_1.url(), gpu_2.url())).await;
+    let body = chat_stream("demo");
+    let mut client = asking(&gateway, &body).await;
+    let mut call = gpu_1.accept().await;
+    gateway.metric_becomes(HELD, body.len() as f64).await;
+    send_all(&mut call, &beginning()).await;
+    client.read_until("\" a \"").await;
+    drop(call);
+    let mut call = gpu_2.accept().await;
+    eventually("both are counted", || async {
+        gateway.metric(HELD).await > Some((2 * body.len() + "Once upon a".len()) as f64)
+    })
+    .await;
+    send_all(&mut call, &rest()).await;
+    call.end().await;
+    assert_one(&client.answer().await, WHOLE);
+    gateway.metric_becomes(HELD, 0.0).await;
+}
+
+#[tokio::test]
 async fn the_bound_on_tokens_is_lowered_by_what_was_delivered() {
     for key in ["max_tokens", "max_completion_tokens"] {
         let gpu_1 = Scripted::always(stream(&beginning())).await;
@@ -807,7 +844,7 @@ async fn half_an_answer_waits_for_who_is_only_busy() {
     // The line in front of them has no place at all.
     let config = format!(
         "groups:\n{}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n",
-        group_of("gpus", "queue: { size: 0 }", &upstreams)
+        group_of("gpus", "queue: { size: 0 }", &upstreams).replace("size: 0", "size: 0, wait: 1ms")
     );
     let gateway = Gateway::start(&config).await;
     let mut client = asking(&gateway, &chat_stream("demo")).await;
@@ -821,11 +858,9 @@ async fn half_an_answer_waits_for_who_is_only_busy() {
         .await
         .unwrap();
     drop(call);
-    let refused = r#"forebay_queue_refused_total{class="interactive",group="gpus",reason="full"}"#;
-    eventually("it was turned away", || async {
-        gateway.metric(refused).await >= Some(1.0)
-    })
-    .await;
+    // There is a place for it all the same.
+    let waiting = r#"forebay_queue_length{class="interactive",group="gpus"}"#;
+    gateway.metric_becomes(waiting, 1.0).await;
     drop(other);
     let answer = client.answer().await;
     assert!(
@@ -839,4 +874,7 @@ async fn half_an_answer_waits_for_who_is_only_busy() {
         answer.text()
     );
     assert_asked_to_continue(&gpu_2.records()[1].body, "Once upon a");
+    let given_up =
+        r#"forebay_queue_wait_seconds_count{class="interactive",group="gpus",outcome="timeout"}"#;
+    assert_eq!(gateway.metric(given_up).await, None);
 }
