@@ -450,16 +450,16 @@ impl Attempt<'_> {
             .min(relay.told.ends)
     }
 
-    /// Sends the last event, and keeps the upstream's connection if its framing
-    /// ends soon too.
+    /// Sends the last event, and meanwhile keeps the upstream's connection if its
+    /// framing ends soon too. The upstream is done: its place is not held until
+    /// the client has read.
     async fn finish(&mut self, mut relay: Relay, client: &mut Client<'_>) -> Result<Ended, Left> {
         if relay.answering.decoder.is_some() {
             self.note_decoded(relay.answering.prompt_was_cut());
         }
         let last = relay.out.split().freeze();
-        if client.finish(last).await.is_err() {
-            relay.answering.link.close().await;
-            return Err(Left);
+        if relay.error.is_none() {
+            self.slot.succeeded(Instant::now());
         }
         let mut link = relay.answering;
         let told = &relay.told;
@@ -468,12 +468,17 @@ impl Attempt<'_> {
             (None, Some(_)) => told.partial.usage(),
             (usage, _) => usage,
         };
-        let tail = async { while let Ok(Some(_)) = link.link.read().await {} };
-        if tokio::time::timeout(TAIL_TIMEOUT, tail).await.is_ok() && link.link.is_done() {
-            link.release().await;
-        } else {
-            link.link.close().await;
-        }
+        let leave = async {
+            let tail = async { while let Ok(Some(_)) = link.link.read().await {} };
+            if tokio::time::timeout(TAIL_TIMEOUT, tail).await.is_ok() && link.link.is_done() {
+                link.release().await;
+            } else {
+                link.link.close().await;
+            }
+            self.slot.free();
+        };
+        let (sent, ()) = tokio::join!(client.finish(last), leave);
+        sent?;
         Ok(Ended {
             ending: if relay.error.is_some() {
                 Ending::Incomplete

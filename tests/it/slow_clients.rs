@@ -231,6 +231,36 @@ async fn a_client_that_does_not_read_its_whole_answer_keeps_no_upstream_from_oth
 }
 
 #[tokio::test]
+async fn a_client_that_does_not_read_the_end_of_a_stream_keeps_no_upstream_from_others() {
+    let upstream = ByHand::listen().await;
+    let one = upstream_at("gpu-1", &upstream.url(), "kind: vllm, concurrent: 1");
+    let gateway = Gateway::start(&format!(
+        "groups:\n  gpus:\n    upstreams:\n{one}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n"
+    ))
+    .await;
+    let mut deaf = Connection::open_narrow(gateway.addr).await;
+    let body = chat_stream("demo");
+    deaf.request("POST", CHAT, &[], body.as_bytes()).await;
+    let mut call = upstream.accept().await;
+    call.send(STREAM_HEAD).await;
+    // More than the system takes for the client, and the end with it.
+    let event = delta(&"x".repeat(900_000));
+    call.chunk(format!("{event}data: [DONE]\n\n")).await;
+    call.end().await;
+    drop(call);
+    let mut other = Connection::open(gateway.addr).await;
+    other
+        .request("POST", CHAT, &[], chat("demo").as_bytes())
+        .await;
+    let mut call = upstream.accept().await;
+    let whole = r#"{"choices":[{"index":0,"message":{"role":"assistant","content":"two"}}]}"#;
+    call.send(crate::support::scripted::json(200, whole)).await;
+    assert_eq!(other.answer().await.content(), "two");
+    // It still has its answer before it.
+    deaf.read_until("data: [DONE]").await;
+}
+
+#[tokio::test]
 async fn a_large_answer_over_a_slow_line_takes_as_long_as_it_needs() {
     let upstream = ByHand::listen().await;
     let limits = "limits: { write_timeout: 1s }\n";
