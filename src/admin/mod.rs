@@ -1,8 +1,9 @@
 //! The control plane: metrics, health, reload, and what people do to upstreams.
 //! Its own listener, loopback by default, never the clients'.
 //!
-//! An axum router behind a Pingora listener: limits, shutdown and the hand-over
-//! of sockets come with Pingora's.
+//! An axum router behind a Pingora listener: shutdown and the hand-over of sockets
+//! come with Pingora's. One request per connection, few connections at once, and
+//! the data listener's deadlines for a header and for an answer.
 
 mod upstreams;
 
@@ -20,10 +21,16 @@ use axum::{
 };
 use bytes::{BufMut, BytesMut};
 use http_body_util::BodyExt;
-use pingora::{apps::http_app::ServeHttp, protocols::http::ServerSession};
+use pingora::{
+    ErrorType,
+    apps::ServerApp,
+    http::ResponseHeader,
+    protocols::{Stream, http::ServerSession},
+    server::ShutdownWatch,
+};
 use serde_json::json;
 use subtle::ConstantTimeEq;
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
 use tower::ServiceExt;
 
 use crate::{
@@ -37,9 +44,15 @@ const BODY_MAX: usize = 1024 * 1024;
 /// How long a client has to send it.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The most connections at once: scrapers and people are few, and each takes a
+/// file that clients may need.
+const CONNECTIONS_MAX: usize = 32;
+
 /// The application behind the admin listener.
 pub struct Admin {
     router: Router,
+    gateway: Arc<Gateway>,
+    places: Semaphore,
 }
 
 impl Admin {
@@ -55,8 +68,12 @@ impl Admin {
             .route("/upstreams/{name}/{action}", post(upstreams::act))
             .fallback(unknown)
             .layer(from_fn_with_state(Arc::clone(&gateway), guard))
-            .with_state(gateway);
-        Self { router }
+            .with_state(Arc::clone(&gateway));
+        Self {
+            router,
+            gateway,
+            places: Semaphore::new(CONNECTIONS_MAX),
+        }
     }
 }
 
@@ -67,19 +84,71 @@ impl fmt::Debug for Admin {
 }
 
 #[async_trait]
-impl ServeHttp for Admin {
-    async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
+impl ServerApp for Admin {
+    /// Answers one request, and closes: nobody asks often enough to miss it.
+    async fn process_new(
+        self: &Arc<Self>,
+        stream: Stream,
+        _shutdown: &ShutdownWatch,
+    ) -> Option<Stream> {
+        let mut session = ServerSession::new_http1(stream);
+        let Ok(_place) = self.places.try_acquire() else {
+            self.hit("admin_connections");
+            // What it has to say is not waited for.
+            return None;
+        };
+        let (header, write) = {
+            let snapshot = self.gateway.snapshot();
+            let limits = &snapshot.config().limits;
+            (limits.header_timeout.get(), limits.write_timeout.get())
+        };
+        let answer = match timeout(header, session.read_request()).await {
+            Ok(Ok(true)) => self.answer(&mut session).await,
+            Ok(Err(why)) if why.etype() == &ErrorType::InvalidHTTPHeader => {
+                let message = "the request is not valid HTTP";
+                whole(shape(&Error::invalid("malformed_request", message))).await
+            }
+            // It has left.
+            Ok(_) => return None,
+            Err(_elapsed) => {
+                self.hit("admin_header_timeout");
+                return None;
+            }
+        };
+        session.set_keepalive(None);
+        let (parts, body) = answer.into_parts();
+        let sent = async {
+            let head = Box::new(ResponseHeader::from(parts));
+            session.write_response_header(head).await?;
+            if !body.is_empty() {
+                session.write_response_body(body.into(), true).await?;
+            }
+            session.finish().await
+        };
+        match timeout(write, sent).await {
+            Ok(Ok(_closed)) => {}
+            Ok(Err(why)) => log::debug!("admin client left: {}", why.etype().as_str()),
+            Err(_elapsed) => self.hit("admin_write_timeout"),
+        }
+        None
+    }
+}
+
+impl Admin {
+    async fn answer(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
         let request = match read(session).await {
             Ok(request) => request,
-            Err(error) => {
-                session.set_keepalive(None);
-                return whole(shape(&error)).await;
-            }
+            Err(error) => return whole(shape(&error)).await,
         };
         match self.router.clone().oneshot(request).await {
             Ok(response) => whole(response).await,
             Err(never) => match never {},
         }
+    }
+
+    fn hit(&self, limit: &str) {
+        let metrics = &self.gateway.resources.metrics;
+        metrics.limits.with_label_values(&[limit]).inc();
     }
 }
 

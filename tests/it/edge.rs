@@ -350,3 +350,42 @@ fn cpu_ticks(pid: u32) -> u64 {
     let fields: Vec<&str> = fields.split_whitespace().collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
+
+#[tokio::test]
+async fn the_admin_listener_has_a_cap_and_deadlines_too() {
+    let sim = sim("gpu-1").await;
+    let yaml = one_group(&[&sim]);
+    let gateway = Gateway::start(&format!("limits: {{ header_timeout: 1s }}\n{yaml}")).await;
+    let mut silent = Connection::open(gateway.admin).await;
+    let mut slow = Connection::open(gateway.admin).await;
+    slow.send(b"GET /metrics HTTP/1.1\r\nhost: a\r\nx: ").await;
+    assert!(silent.rest().await.is_empty());
+    assert!(slow.rest().await.is_empty());
+    assert!(gateway.metric(&hits("admin_header_timeout")).await >= Some(2.0));
+    let mut bad = Connection::open(gateway.admin).await;
+    bad.send(b"GET /metrics HTTP/1.1\r\nx : y\r\n\r\n").await;
+    let answer = bad.answer().await;
+    assert_eq!(answer.status, 400);
+    assert!(answer.header("server").is_none());
+
+    let gateway = Gateway::start(&format!("limits: {{ header_timeout: 60s }}\n{yaml}")).await;
+    let mut held = Vec::new();
+    for _ in 0..200 {
+        held.push(Connection::open(gateway.admin).await);
+    }
+    let mut one_more = Connection::open(gateway.admin).await;
+    one_more
+        .try_send(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        .await;
+    assert!(one_more.rest().await.is_empty());
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    drop(held);
+    eventually("it is free again", async || {
+        let mut connection = Connection::open(gateway.admin).await;
+        let asked = b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        connection.try_send(asked).await;
+        connection.rest_of_one().await.starts_with(b"HTTP/1.1 200 ")
+    })
+    .await;
+    assert!(gateway.metric(&hits("admin_connections")).await >= Some(169.0));
+}
