@@ -23,6 +23,8 @@ pub(super) struct Line {
     done_reason: Option<String>,
     // Left out where they are 0.
     prompt_eval_count: Option<u64>,
+    // Of those; servers before 0.34 do not say.
+    prompt_eval_cached_count: Option<u64>,
     eval_count: Option<u64>,
 }
 
@@ -100,13 +102,23 @@ impl Line {
         self.prompt_eval_count.unwrap_or(0)
     }
 
+    /// Returns how many of them came from a cache.
+    pub(super) fn cached_tokens(&self) -> u64 {
+        self.prompt_eval_cached_count.unwrap_or(0)
+    }
+
     pub(super) fn usage(&self) -> Value {
         let (prompt, answer) = (self.prompt_tokens(), self.eval_count.unwrap_or(0));
-        json!({
+        let mut usage = json!({
             "prompt_tokens": prompt,
             "completion_tokens": answer,
             "total_tokens": prompt.saturating_add(answer),
-        })
+        });
+        if let (Some(cached), Value::Object(usage)) = (self.prompt_eval_cached_count, &mut usage) {
+            let details = json!({ "cached_tokens": cached });
+            usage.insert("prompt_tokens_details".to_owned(), details);
+        }
+        usage
     }
 }
 

@@ -59,12 +59,14 @@ impl Size {
 
     /// Returns whether a prompt was certainly cut, of which `read` tokens were
     /// read by a model that was asked for `num_ctx`. Nothing is certain if it
-    /// does not say, or says 0: then it came from a cache.
-    pub fn was_cut(self, num_ctx: u32, read: u64) -> bool {
+    /// does not say, or says 0: then it came from a cache. `cached` of them it
+    /// says came from there; some servers do not count those among what was
+    /// read, and then they count here.
+    pub fn was_cut(self, num_ctx: u32, read: u64, cached: u64) -> bool {
         if read == 0 {
             return false;
         }
-        let seen = usize::try_from(read).unwrap_or(usize::MAX);
+        let seen = usize::try_from(read.saturating_add(cached)).unwrap_or(usize::MAX);
         let most = |per_token: usize| seen.saturating_mul(per_token);
         if self.tokens() > u64::from(num_ctx) {
             let full = read + BRIM >= u64::from(num_ctx);
@@ -102,22 +104,24 @@ mod tests {
     fn a_prompt_that_fits_is_never_called_cut() {
         // 16 KB of English: about 4,000 tokens, estimated as 5,341.
         for read in [3_400, 4_000, 4_079] {
-            assert!(!text(16_000).was_cut(4096, read), "{read}");
+            assert!(!text(16_000).was_cut(4096, read, 0), "{read}");
         }
         // Nothing is known of what came from a cache.
-        assert!(!text(1_000_000).was_cut(4096, 0));
+        assert!(!text(1_000_000).was_cut(4096, 0, 0));
+        // What was not read anew is no less there.
+        assert!(!text(16_000).was_cut(4096, 200, 3_800));
         // A short prompt, whatever is said of it.
-        assert!(!text(5_000).was_cut(4096, 3));
-        assert!(!text(8_000).was_cut(4096, 1024));
+        assert!(!text(5_000).was_cut(4096, 3, 0));
+        assert!(!text(8_000).was_cut(4096, 1024, 0));
     }
 
     #[test]
     fn a_prompt_that_fills_the_context_or_was_mostly_left_out_is_cut() {
-        assert!(text(16_000).was_cut(4096, 4096));
-        assert!(text(16_000).was_cut(4096, 4095));
+        assert!(text(16_000).was_cut(4096, 4096, 0));
+        assert!(text(16_000).was_cut(4096, 4095, 0));
         // Most of a conversation was left out.
-        assert!(text(100_000).was_cut(4096, 700));
+        assert!(text(100_000).was_cut(4096, 700, 0));
         // The model's own context was smaller than what was asked for.
-        assert!(text(20_000).was_cut(8192, 2047));
+        assert!(text(20_000).was_cut(8192, 2047, 0));
     }
 }

@@ -26,6 +26,8 @@ pub(super) struct Stream {
     ended: bool,
     /// Tokens of the prompt that were read; 0 until it says so.
     prompt_tokens: u64,
+    /// Of those, from a cache.
+    cached_tokens: u64,
 }
 
 impl Stream {
@@ -48,11 +50,14 @@ impl Stream {
             calls: 0,
             ended: false,
             prompt_tokens: 0,
+            cached_tokens: 0,
         }
     }
 
     pub(super) fn is_cut(&self, asked: &Asked) -> bool {
-        asked.size.was_cut(asked.num_ctx, self.prompt_tokens)
+        asked
+            .size
+            .was_cut(asked.num_ctx, self.prompt_tokens, self.cached_tokens)
     }
 
     pub(super) fn push(&mut self, piece: &[u8], out: &mut BytesMut) -> Result<(), DecodeError> {
@@ -117,6 +122,7 @@ impl Stream {
         if line.done {
             self.ended = true;
             self.prompt_tokens = line.prompt_tokens();
+            self.cached_tokens = line.cached_tokens();
             self.put(&format!(r#"[],"usage":{}}}"#, line.usage()), out);
             out.put_slice(b"data: [DONE]\n\n");
         }

@@ -704,6 +704,17 @@ fn whole_chat(answer: &Value) -> Result<Value, DecodeError> {
 }
 
 #[test]
+fn what_came_from_a_cache_is_told_as_openai_tells_it() {
+    let told = whole_chat(&json!({
+        "message": { "role": "assistant", "content": "hello" }, "done": true,
+        "done_reason": "stop", "prompt_eval_count": 21, "prompt_eval_cached_count": 16,
+    }))
+    .unwrap();
+    let details = &told["usage"]["prompt_tokens_details"];
+    assert_eq!(*details, json!({ "cached_tokens": 16 }));
+}
+
+#[test]
 fn a_whole_chat_is_a_completion() {
     let mut told = whole_chat(&json!({
         "model": "llama3.1", "created_at": "2026-01-01T00:00:00Z",

@@ -37,7 +37,9 @@ pub(super) fn of(asked: &Asked, body: &[u8]) -> Result<Whole, DecodeError> {
     });
     Ok(Whole {
         body: answer.to_string().into(),
-        cut: asked.size.was_cut(asked.num_ctx, line.prompt_tokens()),
+        cut: asked
+            .size
+            .was_cut(asked.num_ctx, line.prompt_tokens(), line.cached_tokens()),
     })
 }
 
