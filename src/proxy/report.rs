@@ -68,7 +68,10 @@ pub(super) fn failure(step: &Step, slot: &Slot, failure: &mut Failure, metrics: 
             step.group.failed(slot, fault, now)
         }
         // What it means for the upstream was reported where it happened.
-        Verdict::NotSent => step.group.unsent(slot, now),
+        Verdict::NotSent => {
+            slot.upstream().contexts.unsent(slot.model());
+            step.group.unsent(slot, now)
+        }
         _ => false,
     };
     if spared {

@@ -35,8 +35,8 @@ pub struct ContextSizes {
 struct Model {
     num_ctx: u32,
     used: Instant,
-    /// Whether it has answered with this context.
-    loaded: bool,
+    /// With which context it last answered; 0 if it never has.
+    loaded: u32,
 }
 
 /// A request that waits until its model is loaded; dropped when it no longer
@@ -71,7 +71,7 @@ impl ContextSizes {
         let known = models.get(model).copied();
         let known = known.filter(|model| kept.is_none_or(|kept| idle(model) < kept));
         let num_ctx = known.map_or(wanted, |model| model.num_ctx.min(most).max(wanted));
-        let loaded = known.is_some_and(|model| model.loaded && model.num_ctx == num_ctx);
+        let loaded = known.map_or(0, |model| model.loaded);
         if models.len() >= MODELS_MAX && !models.contains_key(model) {
             let oldest = models.iter().min_by_key(|(_, model)| model.used);
             if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
@@ -91,14 +91,27 @@ impl ContextSizes {
     pub fn answered(&self, model: &str, now: Instant) {
         if let Some(model) = self.lock().get_mut(model) {
             model.used = now;
-            model.loaded = true;
+            model.loaded = model.num_ctx;
         }
     }
 
     /// Returns whether a model was chosen a context for and has not answered
     /// since: it is probably being loaded.
     pub fn awaits(&self, model: &str) -> bool {
-        self.lock().get(model).is_some_and(|model| !model.loaded)
+        let models = self.lock();
+        let model = models.get(model);
+        model.is_some_and(|model| model.loaded != model.num_ctx)
+    }
+
+    /// Notes that a request could not be sent: what it was chosen for is loaded
+    /// nowhere, and nobody is bound by it.
+    pub fn unsent(&self, model: &str) {
+        let mut models = self.lock();
+        match models.get_mut(model) {
+            Some(known) if known.loaded > 0 => known.num_ctx = known.loaded,
+            Some(_) => drop(models.remove(model)),
+            None => {}
+        }
     }
 
     /// Notes that a request waits for its model, until what is returned is
@@ -153,6 +166,21 @@ mod tests {
         sizes.answered("m", later);
         assert_eq!(choose(100, later + Duration::from_secs(290)), 8192);
         assert_eq!(choose(100, later + Duration::from_secs(600)), 2048);
+    }
+
+    #[test]
+    fn what_was_never_sent_leaves_no_size_behind() {
+        let sizes = ContextSizes::default();
+        let now = Instant::now();
+        let choose = |tokens| sizes.choose("m", tokens, 32_768, KEPT, now);
+        assert_eq!(choose(20_000), 32_768);
+        sizes.unsent("m");
+        assert_eq!(choose(5000), 8192);
+        sizes.answered("m", now);
+        assert_eq!(choose(20_000), 32_768);
+        sizes.unsent("m");
+        assert!(!sizes.awaits("m"));
+        assert_eq!(choose(1), 8192);
     }
 
     #[test]
