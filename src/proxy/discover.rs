@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt};
 use pingora::connectors::TransportConnector;
 use tokio::time::timeout;
 
@@ -19,6 +19,8 @@ use crate::{dialects, routes::Routes, upstreams::Upstream};
 
 /// How long an upstream has to tell.
 const DEADLINE: Duration = Duration::from_secs(2);
+/// How many are asked at the same time.
+const AT_ONCE: usize = 16;
 /// The longest answer that is read.
 const ANSWER_MAX: usize = 4 * 1024 * 1024;
 
@@ -33,16 +35,24 @@ pub(super) async fn refresh(routes: &Routes, connector: &Arc<TransportConnector>
         .filter(|(_, upstream)| upstream.discovery.is_due(now))
         .map(|(_, upstream)| Arc::clone(upstream))
         .partition(|upstream| upstream.discovery.models().is_some());
-    for upstream in known {
+    // Those that somebody asks at this moment need no second one.
+    let known: Vec<_> = known
+        .into_iter()
+        .filter(|upstream| upstream.discovery.turn.try_lock().is_ok())
+        .collect();
+    if !known.is_empty() {
         let connector = Arc::clone(connector);
-        tokio::spawn(async move { ask_in_turn(&upstream, &connector).await });
+        tokio::spawn(async move { ask_all(&known, &connector).await });
     }
-    join_all(
-        unknown
-            .iter()
-            .map(|upstream| ask_in_turn(upstream, connector)),
-    )
-    .await;
+    let asking = ask_all(&unknown, connector);
+    // The others are asked when the list is next wanted.
+    timeout(2 * DEADLINE, asking).await.ok();
+}
+
+async fn ask_all(upstreams: &[Arc<Upstream>], connector: &TransportConnector) {
+    let each = stream::iter(upstreams);
+    each.for_each_concurrent(AT_ONCE, |upstream| ask_in_turn(upstream, connector))
+        .await;
 }
 
 /// Asks an upstream, unless somebody else just did.
