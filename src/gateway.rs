@@ -322,6 +322,9 @@ impl Gateway {
                 for (_, upstream) in next.upstreams() {
                     upstream.go_live();
                 }
+                for group in next.routes.groups() {
+                    group.go_live();
+                }
                 metrics.reloads.with_label_values(&["success"]).inc();
                 metrics.reload_ok.set(1);
                 self.export_config();

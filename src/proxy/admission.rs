@@ -106,7 +106,7 @@ impl Admission<'_> {
         };
         let busy = |why: Why, retry_after| self.busy(class, why, retry_after, began + whole);
         let line = &self.step.group.waiting;
-        let place = match line.enter(seeker, key(ctx), rules, began) {
+        let place = match line.enter(seeker, rules, began) {
             Entered::Slot(slot) => return Ok(Sought::Slot(slot)),
             Entered::Nobody => return Ok(Sought::Nobody),
             Entered::Refused(refused) => {

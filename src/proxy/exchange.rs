@@ -23,11 +23,11 @@ use pingora::connectors::TransportConnector;
 use rand::RngExt;
 
 use super::{
-    admission::{Admission, Patience, Sought},
+    admission::{self, Admission, Patience, Sought},
     attempt::{Attempt, Tried},
     bodies::Reserved as Memory,
     client::{Client, Left, Waited},
-    frozen::{Elsewhere, Onward, Reserved},
+    frozen::{self, Elsewhere, Onward, Reserved},
     report,
     takeover::{Death, Told},
     verdict::{self, Failure},
@@ -366,6 +366,10 @@ impl<'a> Exchange<'a> {
         if let Some(reserved) = self.reserved.take() {
             return Ok(Sought::Slot(reserved.slot));
         }
+        self.pass_over_speechless(plan, step);
+        if plan.pin.is_some() && !self.tried.is_empty() {
+            return Ok(Sought::Nobody);
+        }
         let seeker = Seeker {
             group: Arc::clone(&step.group),
             model: Arc::clone(&step.model),
@@ -374,6 +378,7 @@ impl<'a> Exchange<'a> {
             pin: plan.pin.clone(),
             effort,
             class: self.ctx.restrict.class,
+            key: admission::key(self.ctx),
         };
         let admission = Admission {
             plan,
@@ -383,6 +388,41 @@ impl<'a> Exchange<'a> {
             deadline: self.deadline,
         };
         admission.seek(seeker, self.ctx, client).await
+    }
+
+    /// Notes as tried, of those who are busy, who has no words for the request:
+    /// nobody waits in line only to find that out.
+    fn pass_over_speechless(&mut self, plan: &Plan, step: &Step) {
+        let (Some(request), None) = (&self.ctx.request, &self.told) else {
+            return;
+        };
+        let is_wanted = |upstream: &&Arc<Upstream>| {
+            let is_it = |other: &Arc<Upstream>| Arc::ptr_eq(other, upstream);
+            !upstream.has_free_slot()
+                && upstream.serves(&step.model)
+                && !self.tried.iter().any(is_it)
+                && plan.pin.as_ref().is_none_or(is_it)
+        };
+        let upstreams = step.group.upstreams.iter().filter(is_wanted);
+        let speechless: Vec<_> = upstreams
+            .filter_map(|upstream| {
+                let why = frozen::words(step, upstream, request).err()?;
+                Some((Arc::clone(upstream), Failure::unsupported(why)))
+            })
+            .collect();
+        for (upstream, failure) in speechless {
+            self.note(context::Attempt {
+                group: Arc::clone(&step.group.name),
+                upstream: Arc::clone(&upstream.name),
+                verdict: failure.verdict,
+                status: None,
+                maybe_billed: false,
+                fallback: step.fallback,
+                took: Duration::ZERO,
+            });
+            self.tried.push(upstream);
+            self.unsupported.push(failure);
+        }
     }
 
     /// Makes one try and notes what came of it.

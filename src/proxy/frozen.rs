@@ -28,7 +28,7 @@ use super::{
 use crate::{
     config,
     context::Verdict,
-    dialects::{self, Call},
+    dialects::{self, Call, Unsupported},
     openai::{
         ApiRequest,
         continuation::{Ask, Rest},
@@ -278,12 +278,13 @@ impl Attempt<'_> {
             pin: None,
             effort: Effort::Sensible,
             class: self.ctx.restrict.class,
+            key: key(self.ctx),
         };
         let rules = Rules {
             size: group.config.resolved_queue().size,
             wait: None,
         };
-        match group.waiting.enter(seeker, key(self.ctx), rules, now) {
+        match group.waiting.enter(seeker, rules, now) {
             Entered::Slot(slot) => Found::Way(Way::To(Reserved { pass, group, slot })),
             Entered::Waiting(place) => Found::Place(Waits { pass, group, place }),
             Entered::Nobody | Entered::Refused(_) => Found::Nothing,
@@ -333,10 +334,18 @@ fn is_in(tried: &[Arc<Upstream>], upstream: &Arc<Upstream>) -> bool {
     tried.iter().any(|tried| Arc::ptr_eq(tried, upstream))
 }
 
-/// Returns whether an upstream's dialect can say the request.
 fn has_words(step: &Step, upstream: &Upstream, request: &ApiRequest) -> bool {
+    words(step, upstream, request).is_ok()
+}
+
+/// Finds out whether an upstream's dialect can say the request, and what not.
+pub(super) fn words(
+    step: &Step,
+    upstream: &Upstream,
+    request: &ApiRequest,
+) -> Result<(), Unsupported> {
     if upstream.config.dialect == config::Dialect::Openai {
-        return true;
+        return Ok(());
     }
     let call = Call {
         request,
@@ -346,5 +355,5 @@ fn has_words(step: &Step, upstream: &Upstream, request: &ApiRequest) -> bool {
         context: &|tokens| tokens,
         event_bytes_max: usize::MAX,
     };
-    dialects::of(&upstream.config).encode(&call).is_ok()
+    dialects::of(&upstream.config).encode(&call).map(drop)
 }

@@ -19,6 +19,7 @@ use super::{
     breaker::{Fault, Spare},
     budget::Budget,
     policy::Policy,
+    shares::Places,
     state::State,
     strategies::{self, STRATEGIES, Strategy},
     upstream::{self, Refusal, Secrets, Slot, Upstream, UpstreamError},
@@ -316,6 +317,26 @@ impl Group {
         each.sum()
     }
 
+    /// Returns how many requests with a model its upstreams could work on now,
+    /// and how many more they would take; `None` if one of them has no bound.
+    pub(super) fn places_for(&self, model: &str, now: Instant) -> Option<Places> {
+        let mut places = Places { all: 0, free: 0 };
+        for upstream in &self.upstreams {
+            if upstream.serves(model) && upstream.available(model, now) {
+                let most = upstream.config.concurrent?;
+                places.all = places.all.saturating_add(most);
+                let free = most.saturating_sub(upstream.in_flight());
+                places.free = places.free.saturating_add(free);
+            }
+        }
+        Some(places)
+    }
+
+    /// Has those who wait look at this configuration of it.
+    pub fn go_live(self: &Arc<Self>) {
+        self.waiting.renew(self, Instant::now());
+    }
+
     /// Returns the upstream of this name.
     pub fn find(&self, name: &str) -> Option<&Arc<Upstream>> {
         self.upstreams
@@ -333,7 +354,7 @@ impl Group {
     /// Returns what serves the model and was not tried.
     fn left(&self, model: &str, tried: &[Arc<Upstream>]) -> impl Iterator<Item = &Arc<Upstream>> {
         self.upstreams.iter().filter(move |upstream| {
-            !tried.iter().any(|tried| Arc::ptr_eq(tried, upstream)) && upstream.serves(model)
+            !tried.iter().any(|tried| upstream.is_same_server(tried)) && upstream.serves(model)
         })
     }
 

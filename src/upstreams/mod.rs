@@ -34,6 +34,7 @@ pub mod health;
 pub mod policy;
 pub mod queue;
 pub mod resolve;
+mod shares;
 pub mod sockets;
 pub mod state;
 pub mod strategies;

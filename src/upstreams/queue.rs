@@ -45,7 +45,7 @@ const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Between whom the places are shared.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Key {
     /// A key of the keys file, by its name.
     Name(Arc<str>),
@@ -320,6 +320,13 @@ impl<T> Queue<T> {
         lanes
             .flat_map(|lane| &lane.entries)
             .any(|entry| look(&entry.item))
+    }
+
+    /// Returns everybody who waits, in no particular order.
+    pub fn each(&mut self) -> impl Iterator<Item = &mut T> {
+        let lines = [&mut self.interactive, &mut self.batch];
+        let lanes = lines.into_iter().flat_map(|line| &mut line.lanes);
+        lanes.flat_map(|lane| lane.entries.iter_mut().map(|entry| &mut entry.item))
     }
 
     /// Returns how many would be ahead of a newcomer, and how long it would wait

@@ -4,11 +4,11 @@
 //! line's lock the first who can use it ([`queue`](super::queue) says who that
 //! is) is given the [`Slot`] itself, so nobody is woken for nothing and nobody
 //! who comes later is quicker. One line serves a group's name through all
-//! configurations, and everybody in it looks with the eyes of the configuration
-//! that he came with.
+//! configurations, and everybody in it looks at the upstreams of the latest.
 //!
 //! **Invariants:**
-//! - At rest nobody waits for a slot that is free. Whoever frees one first
+//! - At rest nobody waits for a slot that is free and that he may have
+//!   ([`shares`](super::shares) keeps a few). Whoever frees one first
 //!   counts it as free and then asks whether anybody waits; whoever comes first
 //!   counts as waiting and then looks. Who finds the lock taken leaves a note,
 //!   and the holder reads it after he let go. What no slot tells of, such as the
@@ -19,7 +19,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError, TryLockError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{
             AtomicBool, AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
@@ -34,6 +34,7 @@ use tokio::sync::oneshot;
 use super::{
     group::{Group, Pick},
     queue::{BATCH_EVERY, Key, Look, Queue, Refused, Rules, Ticket},
+    shares::{Places, Shares},
     upstream::{Refusal, Slot, Upstream},
 };
 use crate::context::Class;
@@ -57,6 +58,8 @@ pub struct Waiting {
     note: AtomicBool,
     /// Batch requests that are being worked on.
     batch: AtomicU32,
+    /// Who has how many places.
+    shares: Mutex<Shares>,
     epoch: Instant,
     /// When the last interactive request came, in seconds since `epoch`, from 1;
     /// 0 means never.
@@ -90,6 +93,8 @@ pub struct Seeker {
     pub effort: Effort,
     /// How urgent it is.
     pub class: Class,
+    /// Whose it is.
+    pub key: Key,
 }
 
 /// How much a request wants an upstream.
@@ -132,13 +137,21 @@ pub struct Place {
     told: oneshot::Receiver<Told>,
 }
 
-/// A batch request that is being worked on; part of its [`Slot`].
-pub(super) struct Lease(Arc<Waiting>);
+/// A request that is being worked on, as far as it is counted here; part of its
+/// [`Slot`].
+pub(super) struct Lease {
+    line: Arc<Waiting>,
+    batch: bool,
+    /// Whose share it is a part of.
+    key: Option<Key>,
+}
 
 /// What a look came to.
 enum Found {
     Slot(Slot),
     Busy,
+    /// What is free is kept from its key.
+    Enough,
     Nobody,
 }
 
@@ -153,6 +166,7 @@ impl Default for Waiting {
             len: AtomicUsize::new(0),
             note: AtomicBool::new(false),
             batch: AtomicU32::new(0),
+            shares: Mutex::default(),
             epoch: now,
             interactive: AtomicU64::new(0),
         }
@@ -162,24 +176,16 @@ impl Default for Waiting {
 impl Waiting {
     /// Takes a slot for a request, or lets it wait, or turns it away. Nobody
     /// overtakes: a slot that somebody who waits can use is given to him.
-    pub fn enter(
-        self: &Arc<Self>,
-        seeker: Seeker,
-        key: Key,
-        rules: Rules,
-        now: Instant,
-    ) -> Entered {
+    pub fn enter(self: &Arc<Self>, seeker: Seeker, rules: Rules, now: Instant) -> Entered {
         self.came(seeker.class, now);
         if self.len.load(SeqCst) == 0 {
             match seeker.look(now) {
                 Found::Slot(slot) => return Entered::Slot(slot),
                 Found::Nobody => return Entered::Nobody,
-                Found::Busy => {}
+                Found::Busy | Found::Enough => {}
             }
         }
-        let entered = self.locked(now, |inside| {
-            self.enter_locked(inside, seeker, key, rules, now)
-        });
+        let entered = self.locked(now, |inside| self.enter_locked(inside, seeker, rules, now));
         let Entered::Waiting(mut place) = entered else {
             return entered;
         };
@@ -197,30 +203,28 @@ impl Waiting {
         self: &Arc<Self>,
         inside: &mut Inside,
         seeker: Seeker,
-        key: Key,
         rules: Rules,
         now: Instant,
     ) -> Entered {
+        let (key, class) = (seeker.key.clone(), seeker.class);
         inside.queue.came(&key, now);
-        match seeker.look(now) {
-            Found::Nobody => return Entered::Nobody,
-            Found::Slot(slot) => {
-                // What is kept from batch is not wanted by those of batch.
-                let class = seeker.class;
-                let wanted = |waiter: &Waiter| {
-                    let other = &waiter.seeker;
-                    (other.class == class || other.may_begin(now))
-                        && other.could_use(slot.upstream())
-                };
-                if !inside.queue.any(wanted) {
-                    return Entered::Slot(slot);
-                }
-                drop(slot);
-                self.hand_out(inside, now);
-            }
-            Found::Busy => {}
+        self.shares().came(&key, now);
+        let mut found = seeker.look(now);
+        if let Found::Slot(slot) = &found
+            && inside
+                .queue
+                .any(|waiter| waiter.seeker.could_use(slot.upstream()))
+        {
+            // First those who wait. What they may not have, or leave, is for it.
+            drop(found);
+            self.hand_out(inside, now);
+            found = seeker.look(now);
         }
-        let class = seeker.class;
+        match found {
+            Found::Nobody => return Entered::Nobody,
+            Found::Slot(slot) => return Entered::Slot(slot),
+            Found::Busy | Found::Enough => {}
+        }
         match inside.queue.make_room(&key, class, rules, now) {
             Err(refused) => return Entered::Refused(refused),
             Ok(Some((waiter, refused))) => waiter.tell(Told::TurnedAway(refused)),
@@ -258,6 +262,19 @@ impl Waiting {
         self.len() == 0
     }
 
+    /// Has everybody look at another configuration of the group from now on.
+    pub(super) fn renew(&self, group: &Arc<Group>, now: Instant) {
+        if self.len.load(SeqCst) == 0 {
+            return;
+        }
+        self.locked(now, |inside| {
+            for waiter in inside.queue.each() {
+                waiter.seeker.renew(group);
+            }
+            self.hand_out(inside, now);
+        });
+    }
+
     /// Returns how many of a class wait.
     pub fn len_of(&self, class: Class) -> usize {
         self.locked(Instant::now(), |inside| inside.queue.len_of(class))
@@ -275,9 +292,10 @@ impl Waiting {
             match seeker.look(now) {
                 Found::Slot(slot) => Look::Fits(Told::Slot(slot)),
                 Found::Nobody => Look::Over(Told::Nobody),
-                Found::Busy => {
+                found @ (Found::Busy | Found::Enough) => {
                     if in_vain.len() < WISHES_MAX {
-                        in_vain.extend(Wish::of(seeker));
+                        let enough = matches!(found, Found::Enough);
+                        in_vain.extend(Wish::of(seeker, enough));
                     }
                     Look::Not
                 }
@@ -348,7 +366,7 @@ impl Waiting {
         if class == Class::Interactive {
             return true;
         }
-        let lease = self.lease(places, Instant::now());
+        let lease = self.class_lease(class, places, Instant::now());
         let has_leave = lease.is_some();
         if let Some(lease) = lease {
             slot.hold(lease);
@@ -356,13 +374,44 @@ impl Waiting {
         has_leave
     }
 
-    /// Counts a batch request, if there may be one more.
-    fn lease(self: &Arc<Self>, places: Option<u32>, now: Instant) -> Option<Lease> {
-        let most = self.batch_max(places, now);
-        self.batch
-            .fetch_update(SeqCst, SeqCst, |now| (now < most).then_some(now + 1))
-            .is_ok()
-            .then(|| Lease(Arc::clone(self)))
+    /// Counts a request that has just got a slot, if there may be one more of
+    /// its class, and of its key.
+    fn lease(self: &Arc<Self>, seeker: &Seeker, now: Instant) -> Option<Lease> {
+        let mut lease = self.class_lease(seeker.class, seeker.group.places(), now)?;
+        if let Some(places) = seeker.group.places_for(&seeker.model, now) {
+            // Its own is taken already.
+            let free = places.free.saturating_add(1);
+            let mut shares = self.shares();
+            if !shares.allows(&seeker.key, Places { free, ..places }, now) {
+                return None;
+            }
+            if shares.begin(&seeker.key, now) {
+                lease.key = Some(seeker.key.clone());
+            }
+        }
+        Some(lease)
+    }
+
+    fn class_lease(
+        self: &Arc<Self>,
+        class: Class,
+        places: Option<u32>,
+        now: Instant,
+    ) -> Option<Lease> {
+        if class == Class::Batch {
+            let most = self.batch_max(places, now);
+            let more = |now| (now < most).then_some(now + 1);
+            self.batch.fetch_update(SeqCst, SeqCst, more).ok()?;
+        }
+        Some(Lease {
+            line: Arc::clone(self),
+            batch: class == Class::Batch,
+            key: None,
+        })
+    }
+
+    fn shares(&self) -> MutexGuard<'_, Shares> {
+        self.shares.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn secs(&self, now: Instant) -> u64 {
@@ -387,7 +436,12 @@ impl Waiter {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.0.batch.fetch_sub(1, SeqCst);
+        if self.batch {
+            self.line.batch.fetch_sub(1, SeqCst);
+        }
+        if let Some(key) = &self.key {
+            self.line.shares().end(key, Instant::now());
+        }
     }
 }
 
@@ -402,19 +456,41 @@ impl Seeker {
         if !self.may_begin(now) {
             return Found::Busy;
         }
+        if !self.may_have_more(now) {
+            return Found::Enough;
+        }
         let mut found = match &self.pin {
             Some(pin) => self.look_at(pin, now),
             None => self.look_around(now),
         };
-        if let (Class::Batch, Found::Slot(slot)) = (self.class, &mut found) {
+        if let Found::Slot(slot) = &mut found {
             // Not before there is a slot: a lease that is given back without
             // one is told to nobody.
-            match self.group.waiting.lease(self.group.places(), now) {
+            match self.group.waiting.lease(self, now) {
                 Some(lease) => slot.hold(lease),
                 None => return Found::Busy,
             }
         }
         found
+    }
+
+    /// Returns whether what is free is not kept from its key.
+    fn may_have_more(&self, now: Instant) -> bool {
+        let places = self.group.places_for(&self.model, now);
+        let shares = self.group.waiting.shares();
+        places.is_none_or(|places| places.free == 0 || shares.allows(&self.key, places, now))
+    }
+
+    /// Looks at another configuration of the group from now on.
+    fn renew(&mut self, group: &Arc<Group>) {
+        if let Some(pin) = &mut self.pin {
+            match group.find(&pin.name) {
+                Some(new) => *pin = Arc::clone(new),
+                // It goes on with what it came for.
+                None => return,
+            }
+        }
+        self.group = Arc::clone(group);
     }
 
     /// Returns whether nothing is kept from its class now.
@@ -457,7 +533,10 @@ impl Seeker {
     /// Returns the upstreams that would do.
     fn useful(&self) -> impl Iterator<Item = &Arc<Upstream>> {
         self.group.upstreams.iter().filter(|upstream| {
-            let tried = self.tried.iter().any(|tried| Arc::ptr_eq(tried, upstream));
+            let tried = self
+                .tried
+                .iter()
+                .any(|tried| upstream.is_same_server(tried));
             match &self.pin {
                 Some(pin) => Arc::ptr_eq(pin, upstream),
                 None => !tried && upstream.serves(&self.model),
@@ -477,11 +556,14 @@ struct Wish {
     group: Arc<Group>,
     model: Arc<str>,
     class: Class,
+    /// The only key that is meant.
+    key: Option<Key>,
 }
 
 impl Wish {
-    fn of(seeker: &Seeker) -> Option<Self> {
+    fn of(seeker: &Seeker, only_its_key: bool) -> Option<Self> {
         Self::is_plain(seeker).then(|| Self {
+            key: only_its_key.then(|| seeker.key.clone()),
             group: Arc::clone(&seeker.group),
             model: Arc::clone(&seeker.model),
             class: seeker.class,
@@ -492,6 +574,7 @@ impl Wish {
         Self::is_plain(seeker)
             && Arc::ptr_eq(&self.group, &seeker.group)
             && self.class == seeker.class
+            && self.key.as_ref().is_none_or(|key| *key == seeker.key)
             && self.model == seeker.model
     }
 
@@ -597,17 +680,18 @@ mod tests {
             pin: None,
             effort: Effort::Sensible,
             class: Class::Interactive,
+            key: Key::Name("key".into()),
         }
     }
 
     fn enter_as(group: &Arc<Group>, seeker: Seeker, key: &str) -> Entered {
+        let key = Key::Name(key.into());
+        let seeker = Seeker { key, ..seeker };
         let rules = Rules {
             size: 100,
             wait: None,
         };
-        group
-            .waiting
-            .enter(seeker, Key::Name(key.into()), rules, Instant::now())
+        group.waiting.enter(seeker, rules, Instant::now())
     }
 
     fn enter(group: &Arc<Group>, model: &str) -> Entered {
@@ -828,8 +912,7 @@ mod tests {
                 size: 1,
                 wait: None,
             };
-            let key = Key::Name("key".into());
-            group.waiting.enter(seeker, key, rules, Instant::now())
+            group.waiting.enter(seeker, rules, Instant::now())
         };
         let _held = slot(enter_line_of_one(Class::Batch));
         let waiting = place(enter_line_of_one(Class::Batch));
@@ -838,6 +921,57 @@ mod tests {
         assert_eq!(waiting.position(), Some(1));
         drop(kept);
         assert_eq!(waiting.position(), Some(1));
+    }
+
+    #[test]
+    fn a_key_that_has_most_places_leaves_one_to_those_who_come_and_takes_it_back_when_nobody_does()
+    {
+        let eight = ONE.replace("concurrent: 1", "concurrent: 8");
+        let group = group("g", &eight, &[]);
+        let start = Instant::now();
+        let come = |key: &str| enter_as(&group, seeker(&group, "m"), key);
+        let mut held: Vec<_> = (0..8).map(|_| slot(come("greedy"))).collect();
+        let mut greedy: Vec<_> = (0..9).map(|_| place(come("greedy"))).collect();
+        // The first of the others finds everything taken: its turn comes next.
+        let first = place(come("a"));
+        let mut given = 0;
+        while first.position().is_some() {
+            held.pop();
+            given += 1;
+        }
+        assert!(given <= 2, "{given}");
+        drop(told(first));
+        held.extend(greedy.drain(..given - 1).map(told));
+        // From now on one is free for whoever comes, at once.
+        for key in ["a", "b", "c"] {
+            drop(slot(come(key)));
+            assert_eq!(greedy[0].position(), Some(1));
+        }
+        // The others get no more than what is kept.
+        held.pop();
+        held.push(told(greedy.remove(0)));
+        assert_eq!(greedy[0].position(), Some(1));
+        greedy[0].look_again(start + Duration::from_secs(60));
+        held.push(told(greedy.remove(0)));
+        drop((held, greedy));
+        assert_eq!(group.upstreams[0].in_flight(), 0);
+    }
+
+    #[test]
+    fn who_waits_looks_at_what_a_reload_has_put_in_the_place_of_an_upstream() {
+        let old = [group("g", ONE, &[])];
+        let held = slot(enter(&old[0], "m"));
+        let (first, second) = (place(enter(&old[0], "m")), place(enter(&old[0], "m")));
+        let new = group("g", &ONE.replace("10.0.0.1", "10.0.0.9"), &old);
+        new.upstreams[0].go_live();
+        assert_eq!(first.position(), Some(1));
+        new.go_live();
+        let moved = told(first);
+        assert!(Arc::ptr_eq(moved.upstream(), &new.upstreams[0]));
+        drop(held);
+        assert_eq!(second.position(), Some(1));
+        drop(moved);
+        drop(told(second));
     }
 
     #[test]

@@ -342,6 +342,25 @@ async fn a_second_request_waits_until_the_first_has_its_answer() {
 }
 
 #[tokio::test]
+async fn what_a_busy_ollama_cannot_be_told_is_not_waited_for() {
+    let ollama = ByHand::listen().await;
+    let gateway = Gateway::start(&yaml(&ollama.url(), "")).await;
+    let mut first = Connection::open(gateway.addr).await;
+    let body = chat("first");
+    first
+        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
+        .await;
+    let mut call = ollama.accept().await;
+    // The line of an Ollama is long: a minute.
+    let two = json!({ "model": "m", "n": 2, "messages": [{ "role": "user", "content": "hi" }] });
+    let refused = ask(&gateway, "/v1/chat/completions", &two).await;
+    assert_eq!(refused.status, 400, "{}", refused.text());
+    assert_eq!(refused.error_code(), "unsupported_by_upstream");
+    call.send(chatted("one")).await;
+    assert_eq!(first.answer().await.content(), "one");
+}
+
+#[tokio::test]
 async fn a_cut_prompt_is_reported_to_the_client_the_log_and_the_metrics() {
     let mut cut = done();
     cut["prompt_eval_count"] = 4096.into();
