@@ -57,6 +57,8 @@ pub struct Metrics {
     pub capture_transitions: IntCounterVec,
     /// How often a key's budget came near its end, or to it.
     pub budget_transitions: IntCounterVec,
+    /// Alerts, by kind and whether everybody was reached.
+    pub alerts: IntCounterVec,
     /// Breakers, one per model, that are not closed.
     pub breakers: IntGaugeVec,
     /// Questions to upstreams whether they are well, by what came of them.
@@ -189,6 +191,11 @@ impl Metrics {
                 "forebay_budget_transitions_total",
                 "How often the budget of a key came near its end, or to it",
                 &["period", "of", "level"],
+            ),
+            alerts: all.counters(
+                "forebay_alerts_total",
+                "Alerts, by kind and what came of them",
+                &["kind", "result"],
             ),
             breakers: all.gauges(
                 "forebay_upstream_breakers",

@@ -22,6 +22,7 @@
 //! [`on_body`]: Plugin::on_body
 //! [`on_finish`]: Plugin::on_finish
 
+mod alert;
 mod auth;
 mod cache_salt;
 mod chain;
@@ -36,6 +37,7 @@ use http::{HeaderMap, StatusCode};
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 
+pub use alert::Alert;
 pub use auth::{Auth, hash_token, new_token};
 pub use cache_salt::CacheSalt;
 pub use chain::{Chain, Passed};
@@ -50,7 +52,11 @@ use crate::{
 };
 
 /// Every plugin there is. A new one is its file and a line here.
-pub const PLUGINS: &[Entry] = &[Entry::of::<Auth>(), Entry::of::<CacheSalt>()];
+pub const PLUGINS: &[Entry] = &[
+    Entry::of::<Auth>(),
+    Entry::of::<CacheSalt>(),
+    Entry::of::<Alert>(),
+];
 
 /// Watches and changes requests on their way.
 ///

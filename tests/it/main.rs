@@ -14,6 +14,7 @@
 
 mod support;
 
+mod alert;
 mod auth;
 mod bad_input;
 mod breaker;
