@@ -149,7 +149,10 @@ async fn nine_keys_are_served_in_turn_with_one_that_sends_all_it_can() {
     let mut wanted = vec!["greedy-1".to_owned()];
     wanted.extend(normal);
     wanted.extend((2..=11).map(|nth| format!("greedy-{nth}")));
-    assert_eq!(serve(&upstream, first, 20).await, wanted);
+    let mut served = serve(&upstream, first, 20).await;
+    // They do not come one after the other: a full line does not show who is in it.
+    served[1..10].sort();
+    assert_eq!(served, wanted);
     for mut one in others.into_iter().chain(greedy) {
         assert_eq!(one.answer().await.status, 200);
     }
