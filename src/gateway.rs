@@ -155,8 +155,17 @@ impl Snapshot {
         self.route_chains.iter().any(Option::is_some)
     }
 
-    /// Returns the plugins of the route that a model takes.
+    /// Returns the plugins of the route that a model takes: of the one that is
+    /// meant, if the plugins of that one's route take the name for another's.
     pub fn chain_of(&self, model: &str) -> &Arc<Chain> {
+        let meant = self.chains().find(|chain| {
+            let meant = chain.model_meant(model);
+            meant != model && Arc::ptr_eq(chain, self.chain_by_name(meant))
+        });
+        meant.unwrap_or_else(|| self.chain_by_name(model))
+    }
+
+    fn chain_by_name(&self, model: &str) -> &Arc<Chain> {
         self.routes
             .plan(model, &Restrict::default())
             .ok()

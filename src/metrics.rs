@@ -24,6 +24,9 @@ const QUEUE_BUCKETS: &[f64] = &[
     0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
 
+/// Seconds, from a search on this machine to the longest that is waited for.
+const SEARCH_BUCKETS: &[f64] = &[0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0];
+
 /// Seconds, from a look at a header to a search of the web.
 const PLUGIN_BUCKETS: &[f64] = &[0.000_01, 0.000_1, 0.001, 0.01, 0.1, 1.0, 10.0];
 
@@ -102,6 +105,16 @@ pub struct Metrics {
     pub connections: IntCounterVec,
     /// Seconds that plugins took, by plugin, hook and what came of it.
     pub plugins: HistogramVec,
+    /// Requests that were to be searched for, by what became of it.
+    pub research: IntCounterVec,
+    /// Calls of retrievers, by retriever and what came of it.
+    pub searches: IntCounterVec,
+    /// Seconds that retrievers took, answers that were of no use included.
+    pub search_seconds: HistogramVec,
+    /// Searches by whether the results were known already.
+    pub search_cache: IntCounterVec,
+    /// Pauses that retrievers were given, by retriever and reason.
+    pub search_cooldowns: IntCounterVec,
     /// Reloads of the configuration, by result.
     pub reloads: IntCounterVec,
     /// Whether the last reload worked.
@@ -292,6 +305,32 @@ impl Metrics {
                 "Time that the hooks of plugins took, by what came of it",
                 &["plugin", "hook", "verdict"],
                 PLUGIN_BUCKETS,
+            ),
+            research: all.counters(
+                "forebay_research_requests_total",
+                "Requests that were to be searched for, by what became of it",
+                &["outcome"],
+            ),
+            searches: all.counters(
+                "forebay_searches_total",
+                "Calls of retrievers, by what came of it",
+                &["retriever", "result"],
+            ),
+            search_seconds: all.histograms(
+                "forebay_search_seconds",
+                "Time that retrievers took to answer or to fail",
+                &["retriever"],
+                SEARCH_BUCKETS,
+            ),
+            search_cache: all.counters(
+                "forebay_search_cache_total",
+                "Searches by whether the results were known already",
+                &["result"],
+            ),
+            search_cooldowns: all.counters(
+                "forebay_search_cooldowns_total",
+                "Pauses that retrievers were given",
+                &["retriever", "reason"],
             ),
             reloads: all.counters(
                 "forebay_config_reloads_total",

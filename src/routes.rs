@@ -200,6 +200,13 @@ impl Routes {
         Ok(built)
     }
 
+    /// Returns whether what is asked of `model` must stay on premises, whoever
+    /// asks.
+    pub fn is_local(&self, model: &str) -> bool {
+        let model = self.aliases.get(model).map_or(model, |target| target);
+        self.route(model).is_some_and(|(_, route)| route.local)
+    }
+
     /// Returns where an exchange for `model` may go.
     ///
     /// # Errors

@@ -343,6 +343,12 @@ impl Chain {
         warnings
     }
 
+    /// Returns the model that the plugins take a name for.
+    pub fn model_meant<'a>(&self, model: &'a str) -> &'a str {
+        let links = self.links.iter();
+        links.fold(model, |model, link| link.plugin.model_meant(model))
+    }
+
     /// Returns whether what the plugins were built from, beside the YAML, is
     /// still the same.
     pub fn is_current(&self) -> bool {

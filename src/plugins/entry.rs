@@ -47,6 +47,11 @@ impl Entry {
             },
             on_failure: P::ON_FAILURE,
             build: |config, build| {
+                // The name alone: all as it is by default.
+                let config = match config {
+                    Value::Null => json!({}),
+                    given => given,
+                };
                 let config = serde_json::from_value(config).map_err(|why| ConfigError {
                     path: P::NAME.to_owned(),
                     message: why.to_string(),

@@ -28,6 +28,7 @@ mod cache_salt;
 mod chain;
 mod entry;
 mod meter;
+mod rag;
 
 use std::path::{Path, PathBuf};
 
@@ -42,6 +43,7 @@ pub use auth::{Auth, hash_token, new_token};
 pub use cache_salt::CacheSalt;
 pub use chain::{Chain, Passed};
 pub use entry::Entry;
+pub use rag::Rag;
 
 use crate::{
     config::Config,
@@ -56,6 +58,7 @@ pub const PLUGINS: &[Entry] = &[
     Entry::of::<Auth>(),
     Entry::of::<CacheSalt>(),
     Entry::of::<Alert>(),
+    Entry::of::<Rag>(),
 ];
 
 /// Watches and changes requests on their way.
@@ -153,6 +156,13 @@ pub trait Plugin: Send + Sync {
     /// whatever happened. May only enqueue.
     async fn on_finish(&self, ctx: &mut RequestContext, outcome: &Outcome) {
         let _ = (ctx, outcome);
+    }
+
+    /// Returns the model that is meant by a name in which there is something for
+    /// this plugin alone, such as a suffix: what [`on_parsed`](Self::on_parsed)
+    /// will make of it. The route is looked up by it, and so the list of plugins.
+    fn model_meant<'a>(&self, model: &'a str) -> &'a str {
+        model
     }
 
     /// Returns the files, beside the YAML, whose change asks for a reload.

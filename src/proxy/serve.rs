@@ -195,6 +195,7 @@ impl Proxy {
         if let Some(chain) = live.chain.clone() {
             chain.on_parsed(&mut live.ctx)?;
             live.ctx.route = snapshot.routes.label(live.model());
+            live.ctx.restrict.local |= snapshot.routes.is_local(live.model());
             if let Flow::Respond(answer) = chain.on_request(&mut live.ctx).await? {
                 return Ok(Prepared::Local(answer));
             }

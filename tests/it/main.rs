@@ -42,6 +42,7 @@ mod payloads_h1;
 mod payloads_h2;
 mod queue;
 mod reload;
+mod research;
 mod routing;
 mod slow_clients;
 mod smoke;

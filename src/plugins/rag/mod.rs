@@ -1,0 +1,411 @@
+//! Research mode: a search of the web before the model answers, and the sources
+//! behind what it says.
+//!
+//! ```yaml
+//! plugins:
+//!   - rag: { retrievers: [searxng: { url: "http://127.0.0.1:8080", local: true }, duckduckgo] }
+//! ```
+//!
+//! A request asks for it ([`settings::Trigger`]); the last words of the user
+//! become a query ([`query`]); one retriever after the other is asked
+//! ([`search`], [`retrievers`]); what is found is made harmless ([`found`]) and
+//! put into the request ([`inject`]); and the `[n]` of the answer become
+//! annotations ([`cite`], [`answer`], [`stream`], [`responses`]).
+//!
+//! **Invariant:** a search that fails costs its time budget and nothing else:
+//! the request goes on without results, and `x-forebay-rag` says so.
+//!
+//! **Invariant:** what must not leave the premises is asked of local retrievers
+//! only.
+
+mod answer;
+mod cache;
+mod cite;
+mod found;
+mod inject;
+mod query;
+mod responses;
+mod retrievers;
+mod search;
+mod settings;
+mod stream;
+
+use std::fmt;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue};
+use tokio::sync::Semaphore;
+
+use self::{
+    answer::Citing,
+    cache::Cache,
+    inject::Cite,
+    responses::ResponseStream,
+    search::{Engine, Question, Search, Searched},
+    settings::{Place, RagConfig, Sources, Trigger, When},
+    stream::ChatStream,
+};
+use super::{Build, ConfigError, Configure, Flow, OnFailure, Pass, Plugin, Wants};
+use crate::{
+    context::RequestContext,
+    error::{Error, Result},
+    openai::{ApiRequest, Edit, Endpoint, Frame},
+    outbound::Outbound,
+    pattern::Pattern,
+};
+
+/// Says on the answer what became of the search.
+const OUTCOME: HeaderName = HeaderName::from_static("x-forebay-rag");
+/// Says on the answer how many results the model was shown.
+const RESULTS: HeaderName = HeaderName::from_static("x-forebay-rag-results");
+/// Asks for a search.
+const RESEARCH: &str = "x-forebay-research";
+const RESEARCH_MODE: &str = "research_mode";
+const WEB_SEARCH_OPTIONS: &str = "web_search_options";
+const SUFFIX: &str = ":online";
+/// The most results that a request can ask for.
+const RESULTS_MAX: usize = 10;
+
+/// Searches the web for requests that ask for it.
+pub struct Rag {
+    when: When,
+    triggers: Vec<Trigger>,
+    results: usize,
+    place: Place,
+    sources: Sources,
+    query_chars: usize,
+    cache_per_key: bool,
+    self_searching: Vec<Pattern>,
+    search: Search,
+}
+
+/// What a request said about a search.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wish {
+    asked: bool,
+    declined: bool,
+    /// As `search_context_size` has it.
+    results: Option<usize>,
+}
+
+/// What is kept of a request that was searched for.
+struct Answering {
+    citing: Citing,
+    chat: ChatStream,
+    responses: ResponseStream,
+}
+
+/// What became of a search, for the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Ok,
+    Cached,
+    Failed,
+    Skipped,
+}
+
+impl Told {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Cached => "cached",
+            Self::Failed => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+impl Configure for Rag {
+    const NAME: &'static str = "rag";
+    const ON_FAILURE: OnFailure = OnFailure::Open;
+    type Config = RagConfig;
+
+    fn configure(config: RagConfig, build: &Build<'_>) -> Result<Self, ConfigError> {
+        let mut engines = Vec::with_capacity(config.retrievers.len());
+        for (index, entry) in config.retrievers.iter().enumerate() {
+            let (name, retriever) =
+                retrievers::build(entry, build.base).map_err(|why| ConfigError {
+                    path: format!("{}.retrievers[{index}].{}", Self::NAME, why.path),
+                    message: why.message,
+                })?;
+            engines.push(Engine::new(name, retriever).into());
+        }
+        Ok(Self {
+            when: config.when,
+            triggers: config.triggers,
+            results: config.results,
+            place: config.place,
+            sources: config.sources,
+            query_chars: config.query_chars,
+            cache_per_key: config.cache.per_key,
+            self_searching: config
+                .self_searching
+                .into_iter()
+                .map(Pattern::new)
+                .collect(),
+            search: Search {
+                engines,
+                outbound: build.resources.shared::<Outbound>("outbound"),
+                cooldowns: build.resources.shared("rag.cooldowns"),
+                cache: Cache::new(config.cache.ttl.get(), config.cache.size.get()),
+                at_once: Semaphore::new(config.concurrent),
+                cooldown: config.cooldown.get(),
+                time_budget: config.time_budget.get(),
+                answer_bytes: config.answer_size.get(),
+                snippet_chars: config.snippet_chars,
+                metrics: build.resources.metrics.clone(),
+            },
+        })
+    }
+}
+
+#[async_trait]
+impl Plugin for Rag {
+    fn on_parsed(&self, ctx: &mut RequestContext) -> Result<()> {
+        let Some(request) = &mut ctx.request else {
+            return Ok(());
+        };
+        let mut wish = Wish::default();
+        let mut edits = Vec::new();
+        if self.takes(Trigger::Header) {
+            wish.note(header_flag(ctx.headers.get_all(RESEARCH).iter())?);
+        }
+        if self.takes(Trigger::ResearchMode)
+            && let Some(value) = request.get(RESEARCH_MODE)
+        {
+            wish.note(body_flag(value)?);
+            edits.push(Edit::remove(RESEARCH_MODE));
+        }
+        if self.takes(Trigger::Suffix)
+            && let Some(model) = without_suffix(&request.model)
+        {
+            wish.note(Some(true));
+            edits.push(Edit::set_text("model", model));
+        }
+        if self.takes(Trigger::WebSearchOptions)
+            && request.endpoint == Endpoint::ChatCompletions
+            && !self.searches_itself(&request.model)
+            && let Some(value) = request.get(WEB_SEARCH_OPTIONS)
+        {
+            if value != b"null" {
+                wish.note(Some(true));
+                wish.results = self.results_for(value)?;
+            }
+            edits.push(Edit::remove(WEB_SEARCH_OPTIONS));
+        }
+        if !edits.is_empty() {
+            request.edit(&edits)?;
+        }
+        ctx.own.put(wish);
+        Ok(())
+    }
+
+    async fn on_request(&self, ctx: &mut RequestContext) -> Result<Flow> {
+        let Some(wish) = ctx.own.take::<Wish>() else {
+            return Ok(Flow::Continue);
+        };
+        let Some(request) = &ctx.request else {
+            return Ok(Flow::Continue);
+        };
+        let is_wanted = match self.when {
+            When::Requested => wish.asked && !wish.declined,
+            When::Always => {
+                let is_due = request.endpoint.streams() && !self.searches_itself(&request.model);
+                !wish.declined && (wish.asked || is_due)
+            }
+        };
+        if !is_wanted {
+            return Ok(Flow::Continue);
+        }
+        let told = self
+            .research(ctx, wish.results.unwrap_or(self.results))
+            .await;
+        let metric = &self.search.metrics.research;
+        metric.with_label_values(&[told.as_str()]).inc();
+        ctx.reply
+            .insert(OUTCOME, HeaderValue::from_static(told.as_str()));
+        Ok(Flow::Continue)
+    }
+
+    fn wants(&self) -> Wants {
+        Wants {
+            edit: true,
+            see: false,
+        }
+    }
+
+    fn on_event(
+        &self,
+        ctx: &mut RequestContext,
+        event: &Frame,
+        out: &mut Vec<Frame>,
+    ) -> Result<Pass> {
+        let endpoint = ctx.request.as_ref().map(|request| request.endpoint);
+        match (endpoint, ctx.own.get_mut::<Answering>()) {
+            (Some(Endpoint::Responses), Some(answering)) => {
+                let Answering {
+                    citing, responses, ..
+                } = answering;
+                responses.take(citing, event, out);
+            }
+            (Some(endpoint), Some(answering)) => {
+                let Answering { citing, chat, .. } = answering;
+                chat.take(citing, endpoint, event, out);
+            }
+            _ => out.push(event.clone()),
+        }
+        Ok(Pass::On)
+    }
+
+    fn on_body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
+        let endpoint = ctx.request.as_ref().map(|request| request.endpoint);
+        if let (Some(endpoint), Some(answering)) = (endpoint, ctx.own.get::<Answering>())
+            && let Some(annotated) = answering.citing.whole(endpoint, body)
+        {
+            *body = annotated;
+        }
+        Ok(())
+    }
+
+    fn model_meant<'a>(&self, model: &'a str) -> &'a str {
+        if self.takes(Trigger::Suffix) {
+            without_suffix(model).unwrap_or(model)
+        } else {
+            model
+        }
+    }
+}
+
+impl Rag {
+    fn takes(&self, trigger: Trigger) -> bool {
+        self.triggers.contains(&trigger)
+    }
+
+    fn searches_itself(&self, model: &str) -> bool {
+        self.self_searching.iter().any(|one| one.matches(model))
+    }
+
+    /// Reads how much a client wants to be searched: `low` is half of what is
+    /// usual, `high` twice.
+    fn results_for(&self, options: &[u8]) -> Result<Option<usize>> {
+        let wrong = || {
+            let message = "`web_search_options` must be an object";
+            Error::invalid("invalid_value", message).param(WEB_SEARCH_OPTIONS)
+        };
+        let options: serde_json::Value = serde_json::from_slice(options).map_err(|_why| wrong())?;
+        let options = options.as_object().ok_or_else(wrong)?;
+        let size = options.get("search_context_size");
+        Ok(match size.and_then(serde_json::Value::as_str) {
+            Some("low") => Some(self.results.div_ceil(2)),
+            Some("high") => Some((self.results * 2).min(RESULTS_MAX)),
+            _ => None,
+        })
+    }
+
+    /// Searches, and puts what was found into the request.
+    async fn research(&self, ctx: &mut RequestContext, results: usize) -> Told {
+        let Some(request) = &ctx.request else {
+            return Told::Skipped;
+        };
+        let local = ctx.restrict.local;
+        // Between two pieces of code there is nothing to cite.
+        let fills_in = request.endpoint == Endpoint::Completions && request.get("suffix").is_some();
+        let Some(query) = query::query_of(request, self.query_chars).filter(|_| !fills_in) else {
+            return Told::Skipped;
+        };
+        if !self.search.is_open_to(local) {
+            return Told::Skipped;
+        }
+        let scope = if self.cache_per_key { ctx.caller() } else { "" };
+        let question = Question {
+            query: &query,
+            results,
+            local,
+            scope,
+        };
+        let (found, told) = match self.search.ask(question).await {
+            Searched::Now(found) => (found, Told::Ok),
+            Searched::Earlier(found) => (found, Told::Cached),
+            Searched::Failed => return Told::Failed,
+        };
+        ctx.reply
+            .insert(RESULTS, HeaderValue::from(found.sources.len()));
+        if found.sources.is_empty() {
+            return told;
+        }
+        let Some(request) = &mut ctx.request else {
+            return Told::Skipped;
+        };
+        let cite = inject::cite_of(request);
+        if !put_in(request, &inject::block(&found, cite), self.place) {
+            ctx.reply.remove(RESULTS);
+            return Told::Skipped;
+        }
+        if cite == Cite::Numbers {
+            ctx.own.put(Answering {
+                citing: Citing {
+                    found,
+                    sources: self.sources,
+                },
+                chat: ChatStream::default(),
+                responses: ResponseStream::default(),
+            });
+        }
+        told
+    }
+}
+
+fn put_in(request: &mut ApiRequest, block: &str, place: Place) -> bool {
+    match inject::edit(request, block, place) {
+        Some(edit) => request.edit(&[edit]).is_ok(),
+        None => false,
+    }
+}
+
+impl Wish {
+    fn note(&mut self, flag: Option<bool>) {
+        self.asked |= flag == Some(true);
+        self.declined |= flag == Some(false);
+    }
+}
+
+/// Returns the model before `:online`, if that is how the name ends.
+fn without_suffix(model: &str) -> Option<&str> {
+    model.strip_suffix(SUFFIX).filter(|model| !model.is_empty())
+}
+
+fn body_flag(value: &[u8]) -> Result<Option<bool>> {
+    match value {
+        b"true" => Ok(Some(true)),
+        b"false" => Ok(Some(false)),
+        b"null" => Ok(None),
+        _ => {
+            let message = "`research_mode` must be true or false";
+            Err(Error::invalid("invalid_value", message).param(RESEARCH_MODE))
+        }
+    }
+}
+
+fn header_flag<'a>(mut values: impl Iterator<Item = &'a HeaderValue>) -> Result<Option<bool>> {
+    let flag = match (values.next().map(HeaderValue::as_bytes), values.next()) {
+        (None, _) => return Ok(None),
+        (Some(b"0" | b"false"), None) => false,
+        (Some(b"1" | b"true"), None) => true,
+        _ => {
+            let message = "x-forebay-research must be 0 or 1, and there only once";
+            return Err(Error::invalid("invalid_header", message));
+        }
+    };
+    Ok(Some(flag))
+}
+
+impl fmt::Debug for Rag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let engines = self.search.engines.iter().map(|engine| &engine.id);
+        f.debug_list().entries(engines).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests;
