@@ -16,8 +16,11 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, Method};
 
-use crate::openai::{ApiRequest, Usage};
 pub use crate::pattern::Pattern;
+use crate::{
+    config::{Budget, KeyLimits},
+    openai::{ApiRequest, Usage},
+};
 
 /// One client request, from its header to its end.
 #[derive(Debug)]
@@ -53,6 +56,9 @@ pub struct RequestContext {
     /// The label of the route that was taken; before the plugins have run, of
     /// the one that the client's own words lead to; empty before the body is in.
     pub route: Arc<str>,
+    /// The model that is meant, once aliases are looked up; empty before the
+    /// body is in.
+    pub model: Arc<str>,
     /// Every try at an upstream, in order.
     pub attempts: Vec<Attempt>,
     /// How long it has waited in line for a free upstream.
@@ -89,6 +95,7 @@ impl RequestContext {
             restrict: Restrict::default(),
             cache_salt: None,
             route: Arc::from(""),
+            model: Arc::from(""),
             attempts: Vec::new(),
             queued: Duration::ZERO,
             takeovers: 0,
@@ -233,6 +240,10 @@ pub struct Principal {
     pub local: bool,
     /// How urgent its requests are, at most.
     pub class: Class,
+    /// Its own limits, in place of those that hold for every key.
+    pub limits: KeyLimits,
+    /// Its own budget, in place of the one that holds for every key.
+    pub budget: Budget,
 }
 
 impl Principal {

@@ -71,23 +71,24 @@ impl Snapshot {
         resources: &Resources,
     ) -> Result<Self, Problems> {
         let config = &loaded.config;
-        let build = Build {
-            base: &loaded.base,
-            resources,
-        };
         let mut problems = Vec::new();
         let mut chain_of =
-            |entries: &[PluginEntry], before: Option<&Chain>, at: &str| match Chain::build(
-                entries, before, &build,
-            ) {
-                Ok(chain) => Some(Arc::new(chain)),
-                Err(why) => {
-                    let path = format!("{at}{}", why.path);
-                    problems.push(loaded.problem(&path, why.message));
-                    None
+            |entries: &[PluginEntry], before: Option<&Chain>, at: &str, list: &str| {
+                let build = Build {
+                    base: &loaded.base,
+                    resources,
+                    list,
+                };
+                match Chain::build(entries, before, &build) {
+                    Ok(chain) => Some(Arc::new(chain)),
+                    Err(why) => {
+                        let path = format!("{at}{}", why.path);
+                        problems.push(loaded.problem(&path, why.message));
+                        None
+                    }
                 }
             };
-        let chain = chain_of(&config.plugins, previous.map(|old| &*old.chain), "");
+        let chain = chain_of(&config.plugins, previous.map(|old| &*old.chain), "", "");
         let route_chains = config
             .routes
             .iter()
@@ -95,7 +96,7 @@ impl Snapshot {
             .map(|(index, route)| {
                 let before = previous.and_then(|old| old.own_chain(&route.model));
                 let at = format!("routes[{index}].");
-                chain_of(route.plugins.as_ref()?, before, &at)
+                chain_of(route.plugins.as_ref()?, before, &at, &route.model)
             })
             .collect();
         let before =

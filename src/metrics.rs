@@ -87,6 +87,10 @@ pub struct Metrics {
     pub bodies_max: IntGauge,
     /// How often a limit was hit, by its name.
     pub limits: IntCounterVec,
+    /// Requests that a `rate_limit` turned away, by rule and limit.
+    pub rate_limited: IntCounterVec,
+    /// Callers that a `rate_limit` remembers, by rule.
+    pub rate_limit_tracked: IntGaugeVec,
     /// Requests that wait for a free upstream, by group and class.
     pub queue_length: IntGaugeVec,
     /// Seconds that requests waited for a free upstream, by group, class and
@@ -264,6 +268,16 @@ impl Metrics {
                 "forebay_limit_hits_total",
                 "How often a limit was hit",
                 &["limit"],
+            ),
+            rate_limited: all.counters(
+                "forebay_rate_limited_total",
+                "Requests that were turned away because a caller had used its share",
+                &["rule", "limit"],
+            ),
+            rate_limit_tracked: all.gauges(
+                "forebay_rate_limit_tracked",
+                "Callers whose use is remembered",
+                &["rule"],
             ),
             queue_length: all.gauges(
                 "forebay_queue_length",

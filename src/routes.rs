@@ -212,10 +212,7 @@ impl Routes {
     /// # Errors
     /// Why it may go nowhere.
     pub fn plan(&self, model: &str, restrict: &Restrict) -> Result<Plan, PlanError> {
-        let model: Arc<str> = match self.aliases.get(model) {
-            Some(target) => Arc::clone(target),
-            None => model.into(),
-        };
+        let model = self.meant(model);
         let (index, route) = self.route(&model).ok_or(PlanError::UnknownModel)?;
 
         let mut steps: Vec<&RouteStep> = route
@@ -384,6 +381,14 @@ impl Routes {
             id: id.into(),
             owner: Arc::clone(&plan.steps.iter().find(on)?.group.name),
         })
+    }
+
+    /// Returns the model that a name means: what it is an alias of, or itself.
+    pub fn meant(&self, model: &str) -> Arc<str> {
+        match self.aliases.get(model) {
+            Some(target) => Arc::clone(target),
+            None => model.into(),
+        }
     }
 
     /// Returns the first route that fits, and its index.

@@ -6,7 +6,7 @@
 use ipnet::IpNet;
 use url::Url;
 
-use super::{SecretRef, Share, Size, Time, listen_address, problem::shown};
+use super::{Count, Rate, SecretRef, Share, Size, Time, listen_address, problem::shown};
 
 /// Returns what a value of the format looks like, for "expected …".
 pub(super) fn expected(format: &str) -> Option<&'static str> {
@@ -14,6 +14,8 @@ pub(super) fn expected(format: &str) -> Option<&'static str> {
         "duration" => "a duration such as 250ms, 30s or 10m",
         "size" => "a size such as 64KiB, 32MiB or 10MB",
         "share" => "a share such as 20%",
+        "count" => "a number such as 200000, 200k or 1.5M",
+        "rate" => "a rate such as 60/min, 200k/min, 5/s or 1000/day",
         "path" => "a path such as /health",
         "secret" => "env:NAME or file:path",
         "listen" => "an IP address and a port such as 127.0.0.1:7070",
@@ -42,6 +44,8 @@ pub(super) fn json_schema_pattern(format: &str) -> Option<&'static str> {
         }
         "size" => "^[0-9]+(\\.[0-9]+)? *([kKMGTP]i?[bB]?|[bB])$",
         "share" => "^[0-9]{1,3} *%$",
+        "count" => "^[0-9]+(\\.[0-9]+)?[kMG]?$",
+        "rate" => "^[0-9]+(\\.[0-9]+)?[kMG]? */ *(s|sec|second|m|min|minute|h|hour|d|day)$",
         "path" => "^/[!-~]*$",
         "secret" => "^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)$",
         "listen" => "^([0-9]{1,3}(\\.[0-9]{1,3}){3}|\\[[0-9a-fA-F:.]+\\]):[0-9]{1,5}$",
@@ -62,6 +66,8 @@ pub(super) fn check(format: &str, text: &str) -> Result<(), String> {
         "duration" => duration(text),
         "size" => size(text),
         "share" => share(text),
+        "count" => text.parse::<Count>().map(drop).map_err(|_why| found(text)),
+        "rate" => rate(text),
         "path" => path(text),
         "secret" => secret(text),
         "listen" => listen(text),
@@ -154,6 +160,16 @@ fn share(text: &str) -> Result<(), String> {
         return Err(format!("{} (the % is missing)", found(text)));
     }
     text.parse::<Share>().map(drop).map_err(|_why| found(text))
+}
+
+fn rate(text: &str) -> Result<(), String> {
+    if is_number(text) {
+        return Err(format!(
+            "{} (the time is missing, such as /min)",
+            found(text)
+        ));
+    }
+    text.parse::<Rate>().map(drop).map_err(|_why| found(text))
 }
 
 fn path(text: &str) -> Result<(), String> {

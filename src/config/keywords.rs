@@ -103,6 +103,7 @@ impl<'a> Rules<'a> {
         let unit = match text_of(schema, "format") {
             "duration" | "size" => "a unit",
             "share" => "the %",
+            "rate" => "the time, such as /min,",
             _ => "",
         };
         let found = match node {

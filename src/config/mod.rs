@@ -8,7 +8,7 @@
 //! What can be written:
 //! - [`limits`], [`log`], [`upstream`], [`resilience`], [`route`]: the parts of
 //!   [`Config`]
-//! - [`units`]: `30s`, `32MiB`, `20%`
+//! - [`units`], [`amounts`]: `30s`, `32MiB`, `20%`; `200k`, `60/min`, `2.50`
 //! - [`plugin_entry`]: one line of a plugin list
 //! - [`secret`]: `env:NAME`, `file:path`
 //!
@@ -22,6 +22,8 @@
 //!
 //! [`effective`] shows the result with every default filled in.
 
+pub mod amounts;
+pub mod budget;
 mod check;
 pub(crate) mod file;
 mod formats;
@@ -55,6 +57,8 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use amounts::{Count, Money, Per, Rate};
+pub use budget::{Allowance, Budget, KeyLimits};
 pub use limits::Limits;
 pub use load::{BUILT_IN, Loaded, admin_of, built_in, load, parse};
 pub use log::{Log, LogFormat, LogLevel};

@@ -191,6 +191,8 @@ macro_rules! by_text {
     };
 }
 
+pub(super) use by_text;
+
 by_text!(Time, "duration");
 by_text!(Size, "size");
 by_text!(Share, "share");

@@ -10,6 +10,7 @@
 //! - [`edit`]: edits of it by splicing
 //! - [`sse`]: bytes in any pieces → events
 //! - [`event`]: what one event means: content, end, error, usage
+//! - [`estimate`]: how many tokens a prompt has, about
 //! - [`continuation`]: an answer that broke off, gone on with elsewhere
 //! - [`whole`]: a whole answer told as a stream
 //! - [`upstream_error`]: what upstreams call an error → what a client is told
@@ -23,6 +24,7 @@ pub mod continuation;
 pub mod cursor;
 pub mod edit;
 pub mod endpoint;
+pub mod estimate;
 pub mod event;
 pub mod json;
 pub mod request;

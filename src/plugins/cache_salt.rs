@@ -153,7 +153,15 @@ mod tests {
     fn plugin(settings: serde_json::Value, resources: &Resources) -> CacheSalt {
         let config = serde_json::from_value(settings).unwrap();
         let base = Path::new("/");
-        CacheSalt::configure(config, &Build { base, resources }).unwrap()
+        CacheSalt::configure(
+            config,
+            &Build {
+                base,
+                resources,
+                list: "",
+            },
+        )
+        .unwrap()
     }
 
     #[test]

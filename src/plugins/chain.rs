@@ -263,6 +263,17 @@ impl Chain {
         }
     }
 
+    /// Tells every plugin what is about to end, last plugin first.
+    pub fn on_last(&self, ctx: &mut RequestContext, outcome: &Outcome) {
+        for (place, link) in self.links.iter().enumerate().rev() {
+            ctx.own.enter(place);
+            let began = Instant::now();
+            let called = AssertUnwindSafe(|| link.plugin.on_last(ctx, outcome));
+            let panicked = catch_unwind(called).is_err();
+            self.note(link, Hook::Last, panicked, began, ctx);
+        }
+    }
+
     /// Tells every plugin how the request ended, last plugin first.
     pub async fn on_finish(&self, ctx: &mut RequestContext, outcome: &Outcome) {
         for (place, link) in self.links.iter().enumerate().rev() {

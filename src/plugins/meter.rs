@@ -16,17 +16,19 @@ pub(super) enum Hook {
     /// All events of one answer together.
     Events,
     Body,
+    Last,
     Finish,
 }
 
 impl Hook {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Headers,
         Self::Parsed,
         Self::Request,
         Self::Response,
         Self::Events,
         Self::Body,
+        Self::Last,
         Self::Finish,
     ];
 
@@ -38,6 +40,7 @@ impl Hook {
             Self::Response => "response",
             Self::Events => "events",
             Self::Body => "body",
+            Self::Last => "last",
             Self::Finish => "finish",
         }
     }

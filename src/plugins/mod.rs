@@ -5,7 +5,8 @@
 //!    snapshot. An entry that has not changed keeps the plugin it had.
 //! 2. For each request the hooks of [`Plugin`] run: [`on_headers`],
 //!    [`on_parsed`] and [`on_request`] in the order of the list,
-//!    [`on_response`], [`on_event`], [`on_body`] and [`on_finish`] in reverse.
+//!    [`on_response`], [`on_event`], [`on_body`], [`on_last`] and [`on_finish`]
+//!    in reverse.
 //!    The [`Chain`] measures each of them and catches their panics.
 //! 3. It is dropped with the last request of the last snapshot that holds it.
 //!
@@ -20,6 +21,7 @@
 //! [`on_response`]: Plugin::on_response
 //! [`on_event`]: Plugin::on_event
 //! [`on_body`]: Plugin::on_body
+//! [`on_last`]: Plugin::on_last
 //! [`on_finish`]: Plugin::on_finish
 
 mod alert;
@@ -29,6 +31,8 @@ mod chain;
 mod entry;
 mod meter;
 mod rag;
+mod rate_limit;
+mod spent;
 
 use std::path::{Path, PathBuf};
 
@@ -44,6 +48,7 @@ pub use cache_salt::CacheSalt;
 pub use chain::{Chain, Passed};
 pub use entry::Entry;
 pub use rag::Rag;
+pub use rate_limit::RateLimit;
 
 use crate::{
     config::Config,
@@ -59,6 +64,7 @@ pub const PLUGINS: &[Entry] = &[
     Entry::of::<CacheSalt>(),
     Entry::of::<Alert>(),
     Entry::of::<Rag>(),
+    Entry::of::<RateLimit>(),
 ];
 
 /// Watches and changes requests on their way.
@@ -150,6 +156,16 @@ pub trait Plugin: Send + Sync {
     /// Must not block.
     fn on_sent(&self, ctx: &mut RequestContext, sent: Sent<'_>) {
         let _ = (ctx, sent);
+    }
+
+    /// Runs before the last of an answer goes to the client, when its cost is
+    /// known: who has it all may come again before
+    /// [`on_finish`](Self::on_finish) runs. Not for answers that are made here
+    /// without an error, nor where the client leaves before. The bytes of an
+    /// `outcome` here are those of a whole answer, and 0 of a streamed one. Must
+    /// not block.
+    fn on_last(&self, ctx: &mut RequestContext, outcome: &Outcome) {
+        let _ = (ctx, outcome);
     }
 
     /// Runs exactly once per request that [`on_headers`](Self::on_headers) saw,
@@ -280,6 +296,9 @@ pub struct Build<'a> {
     pub base: &'a Path,
     /// What outlives the snapshot.
     pub resources: &'a Resources,
+    /// Which list of plugins it stands in: empty for the general one, else the
+    /// model of the route whose own list it is.
+    pub list: &'a str,
 }
 
 /// Why a plugin could not be built.

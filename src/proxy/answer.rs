@@ -94,6 +94,15 @@ impl Attempt<'_> {
         } else {
             None
         };
+        let ended = Ended {
+            ending: Ending::Success,
+            verdict: Verdict::Answered,
+            status,
+            error: None,
+            streamed,
+            first_token: Some(first_token),
+            usage,
+        };
         match events {
             // The client waits for events, whatever the upstream sends.
             Some(events) => {
@@ -111,6 +120,7 @@ impl Attempt<'_> {
                 let mut stream = event_stream(head.headers);
                 stream.headers.remove(header::CONTENT_LENGTH);
                 self.slot.free();
+                self.tell_last(&ended, 0);
                 client.send_head(stream, None).await?;
                 client.finish(out).await?;
             }
@@ -129,19 +139,17 @@ impl Attempt<'_> {
                 if self.chain.wants.see {
                     self.chain.on_sent(self.ctx, Sent::Whole(&body));
                 }
+                self.tell_last(&ended, body.len());
                 client.send_head(head, Some(body.len())).await?;
                 client.finish(body).await?;
             }
         }
-        Ok(Tried::Ended(Ended {
-            ending: Ending::Success,
-            verdict: Verdict::Answered,
-            status,
-            error: None,
-            streamed,
-            first_token: Some(first_token),
-            usage,
-        }))
+        Ok(Tried::Ended(ended))
+    }
+
+    fn tell_last(&mut self, ended: &Ended, bytes: usize) {
+        let outcome = ended.outcome(self.ctx, bytes as u64);
+        self.chain.on_last(self.ctx, &outcome);
     }
 
     /// Offers the events of a whole answer to the plugins, as if they had come

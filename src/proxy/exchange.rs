@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     config::Limits,
-    context::{self, Ending, RequestContext, Verdict},
+    context::{self, Ending, Outcome, RequestContext, Verdict},
     error::Error,
     metrics::Metrics,
     openai::Usage,
@@ -791,6 +791,20 @@ fn nobody_asked(plan: &Plan) -> Error {
 }
 
 impl Ended {
+    /// Returns it as plugins are told.
+    pub(super) fn outcome(&self, ctx: &RequestContext, bytes_out: u64) -> Outcome {
+        Outcome {
+            status: self.status.as_u16(),
+            ending: self.ending,
+            error: self.error.clone(),
+            streamed: self.streamed,
+            first_token: self.first_token,
+            total: ctx.started.elapsed(),
+            bytes_out,
+            usage: self.usage,
+        }
+    }
+
     /// An answer made here.
     pub(super) fn local(status: StatusCode, error: Option<Cow<'static, str>>) -> Self {
         let ending = if status.is_server_error() {

@@ -8,7 +8,7 @@ use std::{
 
 use super::serve::{Done, Live};
 use crate::{
-    context::{Ending, Outcome},
+    context::Ending,
     error::Error,
     gateway::Gateway,
     logging::{AccessLine, write_access},
@@ -31,17 +31,7 @@ pub(super) async fn write(gateway: &Gateway, live: Live) {
         done,
     } = live;
     let done = done.unwrap_or_else(|| Done::left(0));
-    let ended = done.ended;
-    let outcome = Outcome {
-        status: ended.status.as_u16(),
-        ending: ended.ending,
-        error: ended.error,
-        streamed: ended.streamed,
-        first_token: ended.first_token,
-        total: ctx.started.elapsed(),
-        bytes_out: done.bytes_out,
-        usage: ended.usage,
-    };
+    let outcome = done.ended.outcome(&ctx, done.bytes_out);
     if let Some(chain) = chain {
         chain.on_finish(&mut ctx, &outcome).await;
     }

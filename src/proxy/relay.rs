@@ -461,13 +461,28 @@ impl Attempt<'_> {
         if relay.error.is_none() {
             self.slot.succeeded(Instant::now());
         }
-        let mut link = relay.answering;
         let told = &relay.told;
         // Of a rest whose upstream tells nothing, what is known all the same.
         let usage = match (relay.usage, &told.ask) {
             (None, Some(_)) => told.partial.usage(),
             (usage, _) => usage,
         };
+        let ended = Ended {
+            ending: if relay.error.is_some() {
+                Ending::Incomplete
+            } else {
+                Ending::Success
+            },
+            verdict: Verdict::Answered,
+            status: http::StatusCode::OK,
+            error: relay.error.and_then(|error| error.code),
+            streamed: true,
+            first_token: told.first_token,
+            usage,
+        };
+        let outcome = ended.outcome(self.ctx, 0);
+        self.chain.on_last(self.ctx, &outcome);
+        let mut link = relay.answering;
         let leave = async {
             let tail = async { while let Ok(Some(_)) = link.link.read().await {} };
             if tokio::time::timeout(TAIL_TIMEOUT, tail).await.is_ok() && link.link.is_done() {
@@ -479,19 +494,7 @@ impl Attempt<'_> {
         };
         let (sent, ()) = tokio::join!(client.finish(last), leave);
         sent?;
-        Ok(Ended {
-            ending: if relay.error.is_some() {
-                Ending::Incomplete
-            } else {
-                Ending::Success
-            },
-            verdict: Verdict::Answered,
-            status: http::StatusCode::OK,
-            error: relay.error.and_then(|error| error.code),
-            streamed: true,
-            first_token: relay.told.first_token,
-            usage,
-        })
+        Ok(ended)
     }
 }
 

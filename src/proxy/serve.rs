@@ -42,6 +42,14 @@ pub(super) struct Live {
 }
 
 impl Live {
+    /// Tells the plugins what the client is about to be told.
+    fn tell_last(&mut self, ended: &Ended) {
+        let outcome = ended.outcome(&self.ctx, 0);
+        if let Some(chain) = &self.chain {
+            chain.on_last(&mut self.ctx, &outcome);
+        }
+    }
+
     /// Returns the model that is asked for; empty before the body is parsed.
     fn model(&self) -> &str {
         let request = self.ctx.request.as_ref();
@@ -132,6 +140,7 @@ impl Proxy {
             }
             Err(Stopped::Left) => None,
             Err(Stopped::Refused(error)) => {
+                live.tell_last(&Ended::local(error.status, error.code.clone()));
                 return send_error(session, live, error).await;
             }
         };
@@ -196,6 +205,7 @@ impl Proxy {
             chain.on_parsed(&mut live.ctx)?;
             live.ctx.route = snapshot.routes.label(live.model());
             live.ctx.restrict.local |= snapshot.routes.is_local(live.model());
+            live.ctx.model = snapshot.routes.meant(live.model());
             if let Flow::Respond(answer) = chain.on_request(&mut live.ctx).await? {
                 return Ok(Prepared::Local(answer));
             }
@@ -209,6 +219,7 @@ impl Proxy {
             .plan(model, &live.ctx.restrict)
             .map_err(|why| why.into_error(model))?;
         live.ctx.route = Arc::clone(&plan.route);
+        live.ctx.model = snapshot.routes.meant(live.model());
         Ok(Prepared::Call(Box::new(plan)))
     }
 
@@ -259,19 +270,20 @@ impl Proxy {
             }
         };
         if !client.head_is_sent() {
+            live.tell_last(&Ended::local(error.status, error.code.clone()));
             return send_error(session, live, error).await;
         }
         // A comment has gone out under a 200: the error is an event.
-        client.finish(error_event(&error)).await?;
+        let event = error_event(&error);
+        let ended = Ended {
+            ending: Ending::Incomplete,
+            streamed: true,
+            ..Ended::local(error.status, error.code)
+        };
+        live.tell_last(&ended);
+        client.finish(event).await?;
         let bytes_out = client.bytes_out();
-        Ok(Done {
-            ended: Ended {
-                ending: Ending::Incomplete,
-                streamed: true,
-                ..Ended::local(error.status, error.code)
-            },
-            bytes_out,
-        })
+        Ok(Done { ended, bytes_out })
     }
 }
 

@@ -341,8 +341,7 @@ impl Exchange<'_> {
         let partial = &death.told.partial;
         let mut out = BytesMut::from(partial.ending(request.include_usage == Some(true)));
         out.extend_from_slice(b"data: [DONE]\n\n");
-        client.finish(out.freeze()).await?;
-        Ok(Ended {
+        let ended = Ended {
             ending: Ending::Success,
             verdict: Verdict::Answered,
             status: StatusCode::OK,
@@ -350,7 +349,11 @@ impl Exchange<'_> {
             streamed: true,
             first_token: death.told.first_token,
             usage: partial.usage(),
-        })
+        };
+        let outcome = ended.outcome(self.ctx, 0);
+        self.chain.on_last(self.ctx, &outcome);
+        client.finish(out.freeze()).await?;
+        Ok(ended)
     }
 
     /// Tells the client by an event that the answer is not complete.
@@ -376,8 +379,8 @@ impl Exchange<'_> {
         } else {
             incomplete(death.failure.verdict)
         };
-        client.finish(error_event(&error)).await?;
-        Ok(Ended {
+        let event = error_event(&error);
+        let ended = Ended {
             ending: Ending::Incomplete,
             verdict: Verdict::Cut,
             status: StatusCode::OK,
@@ -385,7 +388,11 @@ impl Exchange<'_> {
             streamed: true,
             first_token: death.told.first_token,
             usage: death.told.partial.usage(),
-        })
+        };
+        let outcome = ended.outcome(self.ctx, 0);
+        self.chain.on_last(self.ctx, &outcome);
+        client.finish(event).await?;
+        Ok(ended)
     }
 }
 

@@ -41,6 +41,7 @@ mod ollama;
 mod payloads_h1;
 mod payloads_h2;
 mod queue;
+mod rate_limit;
 mod reload;
 mod research;
 mod routing;

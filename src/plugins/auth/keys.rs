@@ -10,6 +10,10 @@
 //!     pin: true                         # may choose an upstream; default false
 //!     local: true                       # held to local groups; default false
 //!     class: batch                      # waits behind interactive; default interactive
+//!     requests: 600/min                 # own limits, in place of rate_limit's
+//!     tokens: 1M/min
+//!     concurrent: 20
+//!     budget: { day: { tokens: 5M }, month: { money: 100 } }
 //!     expires: 2027-01-01               # or 2027-01-01T12:00:00Z; UTC
 //! ```
 //!
@@ -22,6 +26,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fmt, io,
+    num::NonZeroU32,
     path::Path,
     sync::Arc,
     time::SystemTime,
@@ -33,7 +38,7 @@ use subtle::ConstantTimeEq as _;
 
 use crate::{
     config::{
-        Problem, Problems,
+        Allowance, Budget, Count, KeyLimits, Money, Problem, Problems, Rate,
         file::read_bounded,
         marked::{Entry, Item, Marked, Node},
         problem::{Mark, Report, did_you_mean, index_path, key_path, shown},
@@ -50,9 +55,22 @@ const NAME_MAX: usize = 64;
 const HASHES_MAX: usize = 4;
 /// The most patterns or groups of one key.
 const LIST_MAX: usize = 1000;
+/// The most requests at once that a key's own limit can say.
+const CONCURRENT_MAX: u64 = 1_000_000;
 
-const FIELDS: [&str; 8] = [
-    "name", "sha256", "models", "groups", "pin", "local", "class", "expires",
+const FIELDS: [&str; 12] = [
+    "name",
+    "sha256",
+    "models",
+    "groups",
+    "pin",
+    "local",
+    "class",
+    "requests",
+    "tokens",
+    "concurrent",
+    "budget",
+    "expires",
 ];
 
 /// A SHA-256.
@@ -134,6 +152,12 @@ impl Keys {
         }
         let keys = reader.keys;
         report.finish().map(|_warnings| keys)
+    }
+
+    /// Returns whether any key has limits of its own.
+    pub(super) fn have_limits(&self) -> bool {
+        let mut keys = self.by_start.values().flatten();
+        keys.any(|key| !key.principal.limits.is_empty())
     }
 
     fn insert(&mut self, key: Key) {
@@ -224,6 +248,8 @@ impl Reader<'_> {
         let (name, sha256) = (take("name"), take("sha256"));
         let (models, groups) = (take("models"), take("groups"));
         let (pin, local, class) = (take("pin"), take("local"), take("class"));
+        let (requests, tokens) = (take("requests"), take("tokens"));
+        let (concurrent, budget) = (take("concurrent"), take("budget"));
         let expires = take("expires");
         self.unknown(&fields, &path);
 
@@ -235,6 +261,12 @@ impl Reader<'_> {
         let pin = self.optional(pin, &at("pin"), Self::flag);
         let local = self.optional(local, &at("local"), Self::flag);
         let class = self.optional(class, &at("class"), Self::class);
+        let limits = KeyLimits {
+            requests: self.optional(requests, &at("requests"), Self::rate),
+            tokens: self.optional(tokens, &at("tokens"), Self::rate),
+            concurrent: self.optional(concurrent, &at("concurrent"), Self::at_once),
+        };
+        let budget = self.optional(budget, &at("budget"), Self::budget);
         let expires = self.optional(expires, &at("expires"), Self::expiry);
 
         // Whatever is missing here has been told, and nothing of the file will
@@ -250,6 +282,8 @@ impl Reader<'_> {
             pin: pin.unwrap_or(false),
             local: local.unwrap_or(false),
             class: class.unwrap_or_default(),
+            limits,
+            budget: budget.unwrap_or_default(),
         });
         for hash in hashes {
             self.keys.insert(Key {
@@ -421,6 +455,106 @@ impl Reader<'_> {
         None
     }
 
+    fn rate(&mut self, field: Field<'_>) -> Option<Rate> {
+        let mark = field.entry.value_mark();
+        if let Node::Text(text) = &field.entry.value.node
+            && let Ok(rate) = text.parse()
+        {
+            return Some(rate);
+        }
+        let message = "expected a rate such as 60/min, 200k/min, 5/s or 1000/day";
+        self.report.problem(mark, field.path, message);
+        None
+    }
+
+    fn at_once(&mut self, field: Field<'_>) -> Option<NonZeroU32> {
+        let mark = field.entry.value_mark();
+        if let Node::Number(number) = &field.entry.value.node
+            && let Some(number) = number.as_u64()
+            && number <= CONCURRENT_MAX
+            && let Some(number) = u32::try_from(number).ok().and_then(NonZeroU32::new)
+        {
+            return Some(number);
+        }
+        let message = format!("expected a whole number from 1 to {CONCURRENT_MAX}");
+        self.report.problem(mark, field.path, message);
+        None
+    }
+
+    fn budget(&mut self, field: Field<'_>) -> Option<Budget> {
+        let mut periods = self.members(field, ["day", "month"])?.into_iter();
+        let mut next = |this: &mut Self| {
+            let (path, entry) = periods.next()?;
+            this.optional(entry, &path, Self::allowance)
+        };
+        let (day, month) = (next(self), next(self));
+        Some(Budget {
+            day: day.unwrap_or_default(),
+            month: month.unwrap_or_default(),
+        })
+    }
+
+    fn allowance(&mut self, field: Field<'_>) -> Option<Allowance> {
+        let mut amounts = self.members(field, ["tokens", "money"])?.into_iter();
+        let (tokens, money) = (amounts.next()?, amounts.next()?);
+        Some(Allowance {
+            tokens: self.optional(tokens.1, &tokens.0, Self::count),
+            money: self.optional(money.1, &money.0, Self::money),
+        })
+    }
+
+    /// Takes the two members of a mapping, with their paths.
+    fn members(
+        &mut self,
+        field: Field<'_>,
+        names: [&'static str; 2],
+    ) -> Option<[(String, Option<Entry>); 2]> {
+        let mark = field.entry.value_mark();
+        let Node::Map(mut entries) = field.entry.value.node else {
+            let message = format!("expected a mapping with {}", names.join(", "));
+            self.report.problem(mark, field.path, message);
+            return None;
+        };
+        let found = names.map(|name| (key_path(field.path, name), entries.shift_remove(name)));
+        for (name, entry) in &entries {
+            let message = format!(
+                "unknown key {}; expected one of {}",
+                shown(name),
+                names.join(", ")
+            );
+            let path = key_path(field.path, name);
+            self.report.problem(entry.mark, &path, message);
+        }
+        Some(found)
+    }
+
+    fn count(&mut self, field: Field<'_>) -> Option<Count> {
+        let mark = field.entry.value_mark();
+        let count = match &field.entry.value.node {
+            Node::Text(text) => text.parse().ok(),
+            Node::Number(number) => number.to_string().parse().ok(),
+            _ => None,
+        };
+        if count.is_none() {
+            let message = "expected a number such as 200000, 200k or 1.5M";
+            self.report.problem(mark, field.path, message);
+        }
+        count
+    }
+
+    fn money(&mut self, field: Field<'_>) -> Option<Money> {
+        let mark = field.entry.value_mark();
+        if let Node::Number(number) = &field.entry.value.node
+            && let Some(money) = number.as_f64().and_then(Money::new)
+            && money > Money::default()
+        {
+            return Some(money);
+        }
+        let message = "expected a sum of money such as 2.50, more than 0";
+        self.report.problem(mark, field.path, message);
+        None
+    }
+
     fn expiry(&mut self, field: Field<'_>) -> Option<SystemTime> {
         let mark = field.entry.value_mark();
         if let Node::Text(text) = &field.entry.value.node
@@ -513,10 +647,52 @@ mod tests {
             pin: true,
             local: true,
             class: Class::Batch,
+            limits: KeyLimits::default(),
+            budget: Budget::default(),
         };
         assert_eq!(*who, expected);
         assert_eq!(keys.find(b"Token", SystemTime::UNIX_EPOCH), Found::Unknown);
         assert_eq!(keys.find(b"", SystemTime::UNIX_EPOCH), Found::Unknown);
+    }
+
+    #[test]
+    fn a_key_may_have_limits_and_a_budget_of_its_own() {
+        let file = |fields: &str| {
+            let hash = hash_token("token");
+            format!("keys: [ {{ name: a, sha256: '{hash}', {fields} }} ]")
+        };
+        let good = keys(&file(
+            "requests: 600/min, tokens: 1M/day, concurrent: 20, \
+             budget: { day: { tokens: 5000 }, month: { money: 2.5, tokens: 5M } }",
+        ));
+        let Found::Valid(who) = good.find(b"token", SystemTime::now()) else {
+            panic!("not found");
+        };
+        assert!(good.have_limits());
+        assert_eq!(who.limits.requests, "600/min".parse().ok());
+        assert_eq!(who.limits.tokens, "1M/day".parse().ok());
+        assert_eq!(who.limits.concurrent, NonZeroU32::new(20));
+        assert_eq!(who.budget.day.tokens, "5k".parse().ok());
+        assert_eq!(who.budget.day.money, None);
+        assert_eq!(who.budget.month.money, Money::new(2.5));
+        for (bad, path) in [
+            ("requests: 0/min", "requests"),
+            ("requests: 60", "requests"),
+            ("tokens: -1/min", "tokens"),
+            ("concurrent: 0", "concurrent"),
+            ("concurrent: -1", "concurrent"),
+            ("budget: 5", "budget"),
+            ("budget: { week: {} }", "budget.week"),
+            ("budget: { day: { tokens: 0 } }", "budget.day.tokens"),
+            ("budget: { day: { tokens: 1.5 } }", "budget.day.tokens"),
+            ("budget: { month: { money: 0 } }", "budget.month.money"),
+            ("budget: { month: { money: -1 } }", "budget.month.money"),
+        ] {
+            let found = problems(&file(bad));
+            assert_eq!(found.len(), 1, "{bad} {found:?}");
+            let wanted = format!(": keys[0].{path}: ");
+            assert!(found[0].contains(&wanted), "{bad} {found:?}");
+        }
     }
 
     #[test]

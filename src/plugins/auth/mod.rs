@@ -41,7 +41,7 @@ use keys::{Found, Hash, Keys};
 use limiter::Limiter;
 pub use token::{hash_token, new_token};
 
-use super::{Build, ConfigError, Configure, Flow, Plugin};
+use super::{Build, ConfigError, Configure, Flow, Plugin, rate_limit::limits_keys};
 use crate::{
     config::{Config, problem::shown},
     context::{Class, Principal, RequestContext, Restrict},
@@ -222,7 +222,8 @@ impl Plugin for Auth {
         };
         let unknown = |group: &str| !config.groups.contains_key(group);
         let all = guard.keys.groups().into_iter();
-        all.filter(|(_, group)| unknown(group))
+        let mut warnings: Vec<String> = all
+            .filter(|(_, group)| unknown(group))
             .map(|(name, group)| {
                 format!(
                     "the key {} may reach the group {}, which does not exist",
@@ -230,7 +231,13 @@ impl Plugin for Auth {
                     shown(group)
                 )
             })
-            .collect()
+            .collect();
+        if guard.keys.have_limits() && !limits_keys(config) {
+            let message = "keys have limits of their own that nobody is held to: \
+                           add `- rate_limit: { per: key }` behind auth";
+            warnings.push(message.to_owned());
+        }
+        warnings
     }
 
     fn is_current(&self) -> bool {
@@ -433,6 +440,7 @@ mod tests {
             let build = Build {
                 base: &self.0,
                 resources,
+                list: "",
             };
             Auth::configure(serde_json::from_value(config).unwrap(), &build)
         }
@@ -627,6 +635,7 @@ mod tests {
         let build = Build {
             base: "".as_ref(),
             resources: &resources,
+            list: "",
         };
         let config = serde_json::from_value(json!("none")).unwrap();
         let auth = Auth::configure(config, &build).unwrap();

@@ -12,6 +12,7 @@ fn rag(settings: Value) -> Rag {
     let build = Build {
         base: Path::new("."),
         resources: &Resources::default(),
+        list: "",
     };
     Rag::configure(serde_json::from_value(settings).unwrap(), &build).unwrap()
 }

@@ -1,0 +1,250 @@
+//! What a request may cost in tokens, and what it has cost: for the plugins that
+//! hold callers to a number of them.
+
+use crate::{
+    context::{Ending, Outcome, RequestContext, Verdict},
+    openai::{
+        ApiRequest, Endpoint,
+        estimate::{prompt_tokens, tokens_of_bytes},
+    },
+};
+
+/// More tokens than any model takes or makes: an upstream that claims more is
+/// broken, and must not use up what is somebody's.
+const TOKENS_MAX: u64 = 100_000_000;
+
+/// What a request may cost, as far as it shows before an upstream has seen it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Estimate {
+    /// Tokens of the prompt, about.
+    pub(super) prompt: u64,
+    /// The most tokens of all answers together.
+    pub(super) completion: u64,
+    /// Whether the client itself has bounded the answer; else `completion` is no
+    /// more than a guess.
+    pub(super) bounded: bool,
+}
+
+impl Estimate {
+    /// Estimates a request. `otherwise` is how long an answer is that the client
+    /// has not bounded.
+    pub(super) fn of(request: &ApiRequest, otherwise: u64) -> Self {
+        let prompt = prompt_tokens(request);
+        if !writes_text(request.endpoint) {
+            return Self {
+                prompt,
+                completion: 0,
+                bounded: true,
+            };
+        }
+        let asked = request.max_tokens.map(|most| most.value);
+        let each = asked.unwrap_or(otherwise);
+        Self {
+            prompt,
+            completion: each.saturating_mul(u64::from(request.n)),
+            bounded: asked.is_some(),
+        }
+    }
+
+    /// Returns prompt and answers together.
+    pub(super) fn total(self) -> u64 {
+        self.prompt.saturating_add(self.completion)
+    }
+}
+
+/// What a request has cost, in tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Spent {
+    /// Of the prompt, cached ones included.
+    pub(super) prompt: u64,
+    /// Of the prompt's, those that came from a cache.
+    pub(super) cached: u64,
+    /// Of the answer.
+    pub(super) completion: u64,
+}
+
+impl Spent {
+    /// Returns what a finished request has cost: what the upstream says; where
+    /// it says nothing, the prompt as it was estimated and what has come of the
+    /// answer. What brought the client nothing costs nothing.
+    pub(super) fn of(ctx: &RequestContext, outcome: &Outcome, prompt: u64) -> Self {
+        if let Some(usage) = &outcome.usage {
+            return Self {
+                prompt: usage.prompt_tokens.min(TOKENS_MAX),
+                cached: usage.cached_tokens.min(usage.prompt_tokens).min(TOKENS_MAX),
+                completion: usage.completion_tokens.min(TOKENS_MAX),
+            };
+        }
+        let delivered = match outcome.ending {
+            Ending::Success => true,
+            Ending::Incomplete => ctx.content_events > 0,
+            Ending::ClientClosed => reached_upstream(ctx),
+            Ending::ClientError | Ending::ServerError => false,
+        };
+        if !delivered {
+            return Self::default();
+        }
+        let writes = ctx
+            .request
+            .as_ref()
+            .is_some_and(|request| writes_text(request.endpoint));
+        let completion = match (writes, outcome.streamed, outcome.ending) {
+            (false, ..) => 0,
+            // An event of a stream is a token, near enough.
+            (true, true, _) => ctx.content_events,
+            (true, false, Ending::Success) => tokens_of_bytes(outcome.bytes_out),
+            (true, false, _) => ctx.content_events,
+        };
+        Self {
+            prompt: prompt.min(TOKENS_MAX),
+            cached: 0,
+            completion: completion.min(TOKENS_MAX),
+        }
+    }
+
+    /// Returns prompt and answer together.
+    pub(super) fn total(self) -> u64 {
+        self.prompt.saturating_add(self.completion)
+    }
+}
+
+/// Returns whether a finished request counts as one: not where it failed before
+/// an upstream had seen it. Who leaves while it waits has had his turn.
+pub(super) fn counts(ctx: &RequestContext, outcome: &Outcome) -> bool {
+    reached_upstream(ctx) || matches!(outcome.ending, Ending::Success | Ending::ClientClosed)
+}
+
+fn reached_upstream(ctx: &RequestContext) -> bool {
+    let mut attempts = ctx.attempts.iter();
+    attempts.any(|attempt| attempt.verdict != Verdict::NotSent)
+}
+
+/// Returns whether an answer of this call is text that a model writes.
+fn writes_text(endpoint: Endpoint) -> bool {
+    match endpoint {
+        Endpoint::ChatCompletions | Endpoint::Completions | Endpoint::Responses => true,
+        Endpoint::Embeddings | Endpoint::Rerank | Endpoint::Moderations => false,
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::time::Duration;
+
+    use http::{HeaderMap, Method};
+
+    use super::*;
+    use crate::{context::Attempt, openai::Usage};
+
+    /// A chat request that has been parsed, with further members.
+    pub(in crate::plugins) fn context(members: &str) -> RequestContext {
+        let mut ctx = RequestContext::new(
+            "id".into(),
+            [192, 0, 2, 1].into(),
+            Method::POST,
+            "/v1/chat/completions".into(),
+            HeaderMap::new(),
+        );
+        // The messages are 40 bytes: 10 tokens.
+        let body = format!(
+            r#"{{"model":"m","messages":[{{"role":"user","content":"0123456789"}}]{members}}}"#
+        );
+        let request = ApiRequest::parse(Endpoint::ChatCompletions, body.into(), 64).unwrap();
+        ctx.request = Some(request);
+        ctx.model = "m".into();
+        ctx.route = "*".into();
+        ctx
+    }
+
+    /// An attempt at an upstream that went like this.
+    pub(in crate::plugins) fn attempt(verdict: Verdict) -> Attempt {
+        Attempt {
+            group: "gpus".into(),
+            upstream: "gpu-1".into(),
+            verdict,
+            status: None,
+            maybe_billed: false,
+            fallback: false,
+            took: Duration::ZERO,
+        }
+    }
+
+    /// A streamed answer that ended like this.
+    pub(in crate::plugins) fn outcome(ending: Ending, usage: Option<(u64, u64)>) -> Outcome {
+        Outcome {
+            status: 200,
+            ending,
+            error: None,
+            streamed: true,
+            first_token: None,
+            total: Duration::ZERO,
+            bytes_out: 400,
+            usage: usage.map(|(prompt_tokens, completion_tokens)| Usage {
+                prompt_tokens,
+                completion_tokens,
+                ..Usage::default()
+            }),
+        }
+    }
+
+    fn request(members: &str) -> ApiRequest {
+        context(members).request.unwrap()
+    }
+
+    #[test]
+    fn the_clients_bound_is_taken_and_else_a_guess() {
+        let estimate = |members: &str| Estimate::of(&request(members), 1024);
+        let plain = estimate("");
+        assert_eq!((plain.prompt, plain.completion), (10, 1024));
+        assert!(!plain.bounded);
+        let bounded = estimate(r#","max_tokens":50,"n":3"#);
+        assert_eq!((bounded.total(), bounded.bounded), (160, true));
+        let embedding = ApiRequest::parse(
+            Endpoint::Embeddings,
+            r#"{"model":"m","input":"0123456789"}"#.into(),
+            64,
+        );
+        assert_eq!(Estimate::of(&embedding.unwrap(), 1024).total(), 3);
+    }
+
+    #[test]
+    fn what_the_upstream_says_is_what_was_spent() {
+        let ctx = context("");
+        let spent = Spent::of(&ctx, &outcome(Ending::Success, Some((7, 5))), 10);
+        assert_eq!((spent.prompt, spent.completion), (7, 5));
+        let broken = outcome(Ending::Success, Some((u64::MAX, u64::MAX)));
+        assert_eq!(Spent::of(&ctx, &broken, 10).total(), 2 * TOKENS_MAX);
+    }
+
+    #[test]
+    fn what_is_not_said_is_estimated_from_what_came() {
+        let mut ctx = context("");
+        ctx.attempts.push(attempt(Verdict::Abandoned));
+        ctx.content_events = 3;
+        for ending in [Ending::ClientClosed, Ending::Incomplete, Ending::Success] {
+            let spent = Spent::of(&ctx, &outcome(ending, None), 10);
+            assert_eq!((spent.prompt, spent.completion), (10, 3), "{ending:?}");
+        }
+        let mut whole = outcome(Ending::Success, None);
+        whole.streamed = false;
+        assert_eq!(Spent::of(&ctx, &whole, 10).completion, 100);
+    }
+
+    #[test]
+    fn what_brought_nothing_costs_nothing() {
+        let mut ctx = context("");
+        for ending in [Ending::ServerError, Ending::ClientError] {
+            assert!(!counts(&ctx, &outcome(ending, None)));
+        }
+        // Left while it waited in line.
+        let left = outcome(Ending::ClientClosed, None);
+        assert_eq!(Spent::of(&ctx, &left, 10).total(), 0);
+        assert!(counts(&ctx, &left));
+        ctx.attempts.push(attempt(Verdict::NotSent));
+        assert!(!counts(&ctx, &outcome(Ending::ServerError, None)));
+        ctx.attempts.push(attempt(Verdict::Failed));
+        let failed = outcome(Ending::ServerError, None);
+        assert_eq!(Spent::of(&ctx, &failed, 10).total(), 0);
+        assert!(counts(&ctx, &failed));
+    }
+}
