@@ -150,6 +150,22 @@ class Ollama(Process):
             assert answer.status == 200
 
 
+class Search(Process):
+    """A stand-in for search engines."""
+
+    def __init__(self, name, log_dir):
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, HERE / "search_standin.py", port]
+        super().__init__(name, command, f"{self.url}/standin/asked", log_dir)
+
+    def asked(self):
+        """Returns every query so far: engine, query, headers."""
+        status, body = get(f"{self.url}/standin/asked")
+        assert status == 200, f"{self.name}: {status} {body}"
+        return json.loads(body)
+
+
 class Simulator(Process):
     """`forebay sim`, a model server that only pretends."""
 

@@ -46,6 +46,28 @@ fn every_example_loads_and_says_what_it_shows() {
 }
 
 #[test]
+fn what_the_pages_about_plugins_print_loads() {
+    const RIGHT: &str = "groups: {g: {upstreams: [{name: a, url: \"http://h:1/v1\"}]}}\nroutes: [{model: \"*\", groups: [g]}]\n";
+    let mut found = 0;
+    for file in ["docs/research.md"] {
+        let text = fs::read_to_string(folder(file)).unwrap();
+        let fenced = text.split("```yaml\n").skip(1);
+        for yaml in fenced.filter_map(|rest| rest.split("```").next()) {
+            let head = if yaml.starts_with("- ") {
+                "plugins:\n- auth: none\n"
+            } else {
+                ""
+            };
+            let whole = format!("{head}{yaml}{RIGHT}");
+            parse(&whole, file, &folder("conf"), &catalog())
+                .unwrap_or_else(|problems| panic!("{problems}\n{whole}"));
+            found += 1;
+        }
+    }
+    assert!(found >= 2, "{found}");
+}
+
+#[test]
 fn the_reference_file_names_every_key() {
     let text = fs::read_to_string(folder("conf/forebay.yaml")).unwrap();
     let mentions = |key: &str| {

@@ -7,11 +7,13 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::support::{
-    Answer, Gateway, Scripted, chat, eventually,
+    Answer, Connection, Gateway, Scripted,
+    by_hand::{ByHand, STREAM_HEAD},
+    chat, eventually, group_of,
     http::post,
     one_group,
     scripted::{self, tls_file},
-    sim, soon,
+    sim, soon, upstream_at,
 };
 
 const QUESTION: &str = "Who is the president of Vietnam today?";
@@ -521,6 +523,148 @@ async fn calls_of_tools_and_answers_of_a_form_are_left_alone() {
         sent.contains("Snippet 1.") && !sent.contains("such as [1]"),
         "{sent}"
     );
+}
+
+#[tokio::test]
+async fn a_citation_that_two_upstreams_wrote_is_one() {
+    let engine = Scripted::always(results()).await;
+    let (dying, other) = (ByHand::listen().await, ByHand::listen().await);
+    let rag = with(&format!("{{ retrievers: [{}] }}", searxng(engine.addr)));
+    let upstreams = [
+        upstream_at("gpu-1", &dying.url(), "kind: vllm"),
+        upstream_at("gpu-2", &other.url(), "kind: vllm"),
+    ];
+    let yaml = format!(
+        "{rag}groups:\n{}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n",
+        group_of("gpus", "", &upstreams)
+    );
+    let gateway = Gateway::start(&yaml).await;
+    let body = ask("demo", &format!("{RESEARCH},\"stream\":true"));
+    let mut client = Connection::open(gateway.addr).await;
+    client
+        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
+        .await;
+    let mut call = dying.accept().await;
+    call.send(STREAM_HEAD).await;
+    call.say("So it is [").await;
+    client.read_until("So it is [").await;
+    call.reset();
+    let mut call = other.accept().await;
+    let asked: Value = serde_json::from_slice(call.body()).unwrap();
+    let question = asked["messages"][0]["content"].as_str().unwrap();
+    assert!(question.contains("Snippet 1."), "{question}");
+    assert_eq!(asked["messages"][1]["content"], "So it is [");
+    call.send(STREAM_HEAD).await;
+    call.say("1], they say.").await;
+    call.chunk("data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n")
+        .await;
+    call.chunk("data: [DONE]\n\n").await;
+    call.end().await;
+    let answer = client.answer().await;
+    let text = answer.text();
+    assert_eq!(text.matches("url_citation").count(), 2, "{text}");
+    assert!(
+        text.contains("\"start_index\":9,\"end_index\":12"),
+        "{text}"
+    );
+    assert!(!text.contains("Sources:"), "{text}");
+}
+
+#[tokio::test]
+async fn responses_and_completions_are_searched_for_too() {
+    let engine = Scripted::always(results()).await;
+    let upstream = sim("gpu-1").await;
+    let rag = with(&format!(
+        "{{ retrievers: [{}], when: always, results: 1 }}",
+        searxng(engine.addr)
+    ));
+    let gateway = Gateway::start(&(rag + &one_group(&[&upstream]))).await;
+    let list = "Sources:\n[1] Title 1 - https://1.example.com/";
+    for stream in [false, true] {
+        let body = json!({ "model": "demo", "input": QUESTION, "stream": stream }).to_string();
+        let answer = post(gateway.addr, "/v1/responses", &[], body.as_bytes()).await;
+        assert_eq!((answer.status, told(&answer) != "-"), (200, true));
+        let last = if stream {
+            let last = answer.events().pop().unwrap();
+            serde_json::from_str::<Value>(&last).unwrap()["response"].clone()
+        } else {
+            answer.json()
+        };
+        let output = last["output"].as_array().unwrap().last().unwrap();
+        let part = &output["content"][0];
+        assert!(part["text"].as_str().unwrap().ends_with(list), "{part}");
+        assert_eq!(part["annotations"][0]["url"], "https://1.example.com/");
+        let body = json!({ "model": "demo", "prompt": QUESTION, "stream": stream }).to_string();
+        let answer = post(gateway.addr, "/v1/completions", &[], body.as_bytes()).await;
+        assert_eq!(answer.status, 200);
+        assert_eq!(
+            answer.text().matches("Sources:").count(),
+            1,
+            "{}",
+            answer.text()
+        );
+    }
+    let vectors = br#"{"model":"demo","input":"x"}"#;
+    let answer = post(gateway.addr, "/v1/embeddings", &[], vectors).await;
+    assert_eq!((answer.status, told(&answer)), (200, "-"));
+    let declined = post_to(&gateway, &ask("demo", r#","research_mode":false"#)).await;
+    assert_eq!(told(&declined), "-");
+}
+
+#[tokio::test]
+async fn keys_do_not_learn_what_others_asked_if_that_is_wished_for() {
+    let engine = Scripted::always(results()).await;
+    let upstream = sim("gpu-1").await;
+    let keys = format!(
+        "keys:\n  - {{ name: alice, sha256: {} }}\n  - {{ name: bob, sha256: {} }}\n",
+        forebay::plugins::hash_token("alice-key"),
+        forebay::plugins::hash_token("bob-key"),
+    );
+    let yaml = format!(
+        "plugins:\n  - auth: {{ keys_file: keys.yaml }}\n  - rag: {{ cache: {{ per_key: true }}, retrievers: [{}] }}\n{}",
+        searxng(engine.addr),
+        one_group(&[&upstream])
+    );
+    let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &keys)], &[]).await;
+    let body = ask("demo", RESEARCH);
+    for (key, outcome) in [
+        ("alice-key", "ok"),
+        ("alice-key", "cached"),
+        ("bob-key", "ok"),
+        ("bob-key", "cached"),
+    ] {
+        let bearer = format!("Bearer {key}");
+        let headers = [("authorization", bearer.as_str())];
+        let path = "/v1/chat/completions";
+        let answer = post(gateway.addr, path, &headers, body.as_bytes()).await;
+        assert_eq!(told(&answer), outcome, "{key}");
+    }
+}
+
+#[tokio::test]
+async fn who_gets_no_turn_within_its_time_goes_on_without() {
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let upstream = sim("gpu-1").await;
+    let rag = with(&format!(
+        "{{ concurrent: 1, time_budget: 1s, retrievers: [{}] }}",
+        searxng(silent.local_addr().unwrap())
+    ));
+    let gateway = Gateway::start(&(rag + &one_group(&[&upstream]))).await;
+    let asked = |n: usize| {
+        let question = format!("What is known of the number {n} today?");
+        let body = json!({ "model": "demo", "research_mode": true,
+            "messages": [{ "role": "user", "content": question }] });
+        body.to_string()
+    };
+    let bodies: Vec<String> = (0..4).map(asked).collect();
+    let all = bodies.iter().map(|body| post_to(&gateway, body));
+    for answer in soon("all answers", futures_util::future::join_all(all)).await {
+        assert_eq!((answer.status, told(&answer)), (200, "failed"));
+    }
+    let limit = gateway
+        .metric("forebay_limit_hits_total{limit=\"searches\"}")
+        .await;
+    assert!(limit.is_some_and(|hits| hits >= 1.0), "{limit:?}");
 }
 
 #[tokio::test]

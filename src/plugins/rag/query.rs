@@ -142,7 +142,8 @@ pub(super) fn query_of(request: &ApiRequest, most_chars: usize) -> Option<String
         _ => return None,
     };
     let last = shortened(&last, most_chars);
-    if last.is_empty() {
+    // Nothing is found by dots and dashes, which mean something in a path.
+    if !last.contains(char::is_alphanumeric) {
         return None;
     }
     if !leans_on_what_was_said(&last) {
@@ -332,6 +333,7 @@ mod tests {
             &format!("[{image}]"),
             "null",
             "\"\"",
+            "\"..\"",
             "\" \\n\"",
             "\"```\\nx\\n```\"",
             "7",

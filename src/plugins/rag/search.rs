@@ -149,6 +149,10 @@ impl Search {
         let until = Instant::now() + self.time_budget;
         let passenger = self.cache.board(&key);
         let search = async {
+            // Another's search may have ended between the look and the boarding.
+            if let Some(found) = self.cache.get(&key, Instant::now()) {
+                return Some(found);
+            }
             let found = self.search(question, until).await.map(Arc::new);
             if let Some(found) = found.as_ref().filter(|found| !found.sources.is_empty()) {
                 self.cache.put(&key, found, Instant::now());

@@ -92,8 +92,16 @@ impl Retriever for SearXng {
     fn call(&self, query: &str, _most: usize) -> Outgoing {
         let mut url = self.endpoint.url().clone();
         url.query_pairs_mut().append_pair("q", query);
-        let json = HeaderValue::from_static("application/json");
-        Outgoing::get(url).with(header::ACCEPT, json)
+        // An instance whose limiter is on wants these as browsers send them.
+        Outgoing::get(url)
+            .with(
+                header::ACCEPT,
+                HeaderValue::from_static("application/json, text/html;q=0.9"),
+            )
+            .with(
+                header::ACCEPT_LANGUAGE,
+                HeaderValue::from_static("en-US,en;q=0.5"),
+            )
     }
 
     fn read(&self, answer: &Incoming) -> Result<Vec<Hit>, Trouble> {
