@@ -23,7 +23,7 @@
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
 //! | 1 | [`context`], [`events`], [`outbound`], [`resources`], [`worker`] | one request; what changed; calls to servers that are no upstreams; what outlives a snapshot; work beside the requests |
-//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
+//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`sharegpt`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
 //! 1. `proxy/edge`: the whole header within its deadline, HTTP/1.1 or h2c.
@@ -91,6 +91,7 @@ pub mod reload;
 pub mod resources;
 pub mod routes;
 pub mod server;
+pub mod sharegpt;
 pub mod sim;
 pub mod status;
 pub mod upstreams;

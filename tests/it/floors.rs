@@ -12,6 +12,7 @@ const FLOORS: [&[&str]; 6] = [
         "metrics",
         "config",
         "openai",
+        "sharegpt",
         "client_ip",
         "pattern",
         "logging",
