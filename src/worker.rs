@@ -24,7 +24,6 @@ pub struct Worker<T> {
     sender: Mutex<Option<SyncSender<Weighed<T>>>>,
     bytes: Arc<AtomicUsize>,
     bytes_max: usize,
-    state: Arc<State>,
 }
 
 /// What was offered, with its weight.
@@ -79,10 +78,9 @@ impl<T: Send + 'static> Worker<T> {
             sender: Mutex::new(Some(sender)),
             bytes,
             bytes_max,
-            state,
         });
-        let weak: Weak<dyn Stop> = Arc::downgrade(&worker) as Weak<dyn Stop>;
-        workers.add(weak);
+        let weak: Weak<dyn Close> = Arc::downgrade(&worker) as Weak<dyn Close>;
+        workers.add(weak, state);
         Ok(worker)
     }
 
@@ -167,44 +165,49 @@ impl Drop for Done {
     }
 }
 
-/// What can be told to finish.
-trait Stop: Send + Sync {
-    /// Takes nothing more.
-    fn close(&self);
-    /// Waits for the end of what it has; `false` if that takes longer.
-    fn wait(&self, until: Instant) -> bool;
-}
-
-impl<T: Send + 'static> Stop for Worker<T> {
-    fn close(&self) {
-        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        *sender = None;
+impl State {
+    fn has_ended(&self) -> bool {
+        *self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for the end of the thread; `false` if that takes longer.
     fn wait(&self, until: Instant) -> bool {
-        let ended = self
-            .state
-            .ended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         let most = until.saturating_duration_since(Instant::now());
         let waited = self
-            .state
             .changed
             .wait_timeout_while(ended, most, |ended| !*ended);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// Every worker of the process that still lives.
+/// What can be told to take nothing more.
+trait Close: Send + Sync {
+    fn close(&self);
+}
+
+impl<T: Send + 'static> Close for Worker<T> {
+    fn close(&self) {
+        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        *sender = None;
+    }
+}
+
+/// Every thread of the process that has not come to its end, also one whose last
+/// handle is gone: it still works on what is in its queue.
 #[derive(Default)]
-pub struct Workers(Mutex<Vec<Weak<dyn Stop>>>);
+pub struct Workers(Mutex<Vec<Running>>);
+
+struct Running {
+    worker: Weak<dyn Close>,
+    state: Arc<State>,
+}
 
 impl Workers {
-    fn add(&self, worker: Weak<dyn Stop>) {
+    fn add(&self, worker: Weak<dyn Close>, state: Arc<State>) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|worker| worker.strong_count() > 0);
-        all.push(worker);
+        all.retain(|running| !running.state.has_ended());
+        all.push(Running { worker, state });
     }
 
     /// Closes every queue, then waits until all that was in them is done, at
@@ -212,14 +215,16 @@ impl Workers {
     pub fn stop(&self, most: Duration) -> bool {
         let all: Vec<_> = {
             let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            all.iter().filter_map(Weak::upgrade).collect()
+            let all = all.iter();
+            all.map(|running| (running.worker.upgrade(), Arc::clone(&running.state)))
+                .collect()
         };
         let until = Instant::now() + most;
-        for worker in &all {
+        for worker in all.iter().filter_map(|(worker, _)| worker.as_ref()) {
             worker.close();
         }
         // Every one is waited for, also behind one that is late.
-        let late = all.iter().filter(|worker| !worker.wait(until)).count();
+        let late = all.iter().filter(|(_, state)| !state.wait(until)).count();
         late == 0
     }
 }
@@ -256,6 +261,27 @@ mod tests {
         assert_eq!(*seen.lock().unwrap(), (0..100).collect::<Vec<_>>());
         assert_eq!(worker.waiting(), 0);
         assert_eq!(worker.offer(1, 1), Err(1), "it was stopped");
+    }
+
+    #[test]
+    fn a_thread_whose_handle_is_gone_is_waited_for() {
+        let workers = Workers::default();
+        let seen = Arc::new(AtomicUsize::new(0));
+        let theirs = Arc::clone(&seen);
+        let (go, wait) = mpsc::channel::<()>();
+        let worker = Worker::start("test", 100, &workers, move |inbox| {
+            wait.recv().unwrap();
+            while let Next::Item(item) = inbox.next(LONG) {
+                theirs.fetch_add(item, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        worker.offer(7, 1).unwrap();
+        drop(worker);
+        let late = thread::spawn(move || go.send(()).unwrap());
+        assert!(workers.stop(LONG));
+        assert_eq!(seen.load(Ordering::Relaxed), 7);
+        late.join().unwrap();
     }
 
     #[test]
