@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     config::{self, Loaded},
-    ctl, demo,
+    ctl, demo, export,
     gateway::{Gateway, catalog},
     logging,
     metrics::Metrics,
@@ -61,6 +61,8 @@ enum Command {
         #[arg(short, long = "config", value_name = "FILE", global = true)]
         config: Option<PathBuf>,
     },
+    /// Turns captured files into training data in other formats.
+    Export(export::ExportOptions),
     /// Runs the gateway in front of three simulated model servers.
     Demo(demo::DemoOptions),
     /// Runs a simulated model server, for tests and load tests.
@@ -120,6 +122,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         } => {
             let file = find(&ConfigFile { config });
             say(&ctl::run(&command, &target, file.as_deref())?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Export(options) => {
+            // The output may be standard output.
+            say_err(&export::run(&options)?);
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo(options) => demo::run(&options),

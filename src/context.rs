@@ -244,6 +244,8 @@ pub struct Principal {
     pub limits: KeyLimits,
     /// Its own budget, in place of the one that holds for every key.
     pub budget: Budget,
+    /// Whether its exchanges may be captured.
+    pub capture: bool,
 }
 
 impl Principal {

@@ -184,6 +184,14 @@ impl Snapshot {
         })
     }
 
+    /// Tells the plugins that they serve from now on. Of the first snapshot
+    /// the server calls it, of the others the reload.
+    pub fn start_plugins(&self, resources: &Resources) {
+        for chain in self.chains() {
+            chain.go_live(resources);
+        }
+    }
+
     fn watched(&self) -> Vec<PathBuf> {
         self.chains().flat_map(|chain| chain.watched()).collect()
     }
@@ -335,6 +343,7 @@ impl Gateway {
                 for group in next.routes.groups() {
                     group.go_live();
                 }
+                next.start_plugins(&self.resources);
                 metrics.reloads.with_label_values(&["success"]).inc();
                 metrics.reload_ok.set(1);
                 self.export_config();

@@ -18,7 +18,7 @@
 //!
 //! | floor | modules | what they are |
 //! |---|---|---|
-//! | 5 | `main`, [`cli`], `ctl`, `demo`, [`server`] | assemble the process |
+//! | 5 | `main`, [`cli`], `ctl`, `demo`, `export`, [`server`] | assemble the process |
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
@@ -78,6 +78,7 @@ mod demo;
 pub mod dialects;
 pub mod error;
 pub mod events;
+mod export;
 pub mod gateway;
 pub mod logging;
 pub mod metrics;

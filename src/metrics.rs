@@ -58,6 +58,27 @@ pub struct Metrics {
     pub breaker_transitions: IntCounterVec,
     /// How often capturing began to lose exchanges, and to keep them again.
     pub capture_transitions: IntCounterVec,
+    /// Exchanges that ended, of those that capture saw.
+    pub capture_finished: IntCounter,
+    /// What became of them, and why: together as many as have finished, but for
+    /// those that wait.
+    pub capture_exchanges: IntCounterVec,
+    /// Lines that were written.
+    pub capture_lines: IntCounter,
+    /// Bytes of those lines.
+    pub capture_bytes: IntCounter,
+    /// Exchanges that wait to be written.
+    pub capture_waiting: IntGauge,
+    /// Bytes of them.
+    pub capture_queue_bytes: IntGauge,
+    /// Bytes of answers that are collected while they are sent.
+    pub capture_buffer_bytes: IntGauge,
+    /// Torn lines that were set aside.
+    pub capture_torn: IntCounter,
+    /// How often the disk could not make safe what was written.
+    pub capture_sync_failures: IntCounter,
+    /// Files that were removed, by why.
+    pub capture_files_removed: IntCounterVec,
     /// How often a key's budget came near its end, or to it.
     pub budget_transitions: IntCounterVec,
     /// Alerts, by kind and whether everybody was reached.
@@ -203,6 +224,48 @@ impl Metrics {
                 "forebay_capture_transitions_total",
                 "How often capturing began to lose exchanges, and to keep them again",
                 &["to"],
+            ),
+            capture_finished: all.counter(
+                "forebay_capture_finished_total",
+                "Exchanges that ended, of those that capture saw",
+            ),
+            capture_exchanges: all.counters(
+                "forebay_capture_exchanges_total",
+                "What became of exchanges: captured, opted_out, skipped or dropped",
+                &["result", "reason"],
+            ),
+            capture_lines: all.counter(
+                "forebay_capture_lines_total",
+                "Lines that were captured: one for each choice",
+            ),
+            capture_bytes: all.counter(
+                "forebay_capture_bytes_total",
+                "Bytes of the lines that were captured",
+            ),
+            capture_waiting: all.gauge(
+                "forebay_capture_waiting",
+                "Exchanges that wait to be written",
+            ),
+            capture_queue_bytes: all.gauge(
+                "forebay_capture_queue_bytes",
+                "Bytes of the exchanges that wait to be written",
+            ),
+            capture_buffer_bytes: all.gauge(
+                "forebay_capture_buffer_bytes",
+                "Bytes of answers that are collected while they are sent",
+            ),
+            capture_torn: all.counter(
+                "forebay_capture_torn_total",
+                "Torn lines that were set aside",
+            ),
+            capture_sync_failures: all.counter(
+                "forebay_capture_sync_failures_total",
+                "How often the disk could not make safe what was captured",
+            ),
+            capture_files_removed: all.counters(
+                "forebay_capture_files_removed_total",
+                "Files of captures that were removed, by age or size",
+                &["reason"],
             ),
             budget_transitions: all.counters(
                 "forebay_budget_transitions_total",

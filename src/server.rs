@@ -150,6 +150,7 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
         snapshot.loaded.file.display(),
         snapshot.loaded.hash.chars().take(12).collect::<String>(),
     );
+    snapshot.start_plugins(&gateway.resources);
     drop(snapshot);
     let resources = Arc::clone(&gateway.resources);
     let signals = Signals { gateway, draining };
@@ -177,7 +178,8 @@ fn try_listen(key: &'static str, address: &str) -> Result<(), StartError> {
 }
 
 /// Catches SIGHUP from now on, whoever listens to it later: until somebody does,
-/// it would end the process.
+/// it would end the process. So would a file that has grown to the limit of the
+/// process, by SIGXFSZ; with it caught, that write fails as on a full disk.
 ///
 /// tokio installs its handler for good with the first listener. A hangup that
 /// nobody hears yet asks for nothing: the configuration was just read.
@@ -187,8 +189,14 @@ pub(crate) fn survive_hangups() {
         .build();
     if let Ok(runtime) = runtime {
         let _guard = runtime.enter();
-        if let Err(why) = signal(SignalKind::hangup()) {
-            log::warn!("SIGHUP cannot be handled: {why}");
+        let file_too_large = SignalKind::from_raw(nix::libc::SIGXFSZ);
+        for (name, kind) in [
+            ("SIGHUP", SignalKind::hangup()),
+            ("SIGXFSZ", file_too_large),
+        ] {
+            if let Err(why) = signal(kind) {
+                log::warn!("{name} cannot be handled: {why}");
+            }
         }
     }
 }

@@ -25,6 +25,7 @@ use crate::{
     logging::Seldom,
     metrics::Metrics,
     openai::{Endpoint, Frame},
+    resources::Resources,
 };
 
 /// The plugins of one list of the YAML.
@@ -366,6 +367,13 @@ impl Chain {
         self.links.iter().all(|link| link.plugin.is_current())
     }
 
+    /// Tells every plugin that it serves from now on.
+    pub fn go_live(&self, resources: &Resources) {
+        for link in &self.links {
+            link.plugin.go_live(resources);
+        }
+    }
+
     /// Returns the files whose change asks for a reload.
     pub fn watched(&self) -> Vec<PathBuf> {
         self.links
@@ -433,7 +441,7 @@ mod tests {
         OnFailure::{Closed, Open},
         *,
     };
-    use crate::{context::Ending, resources::Resources};
+    use crate::context::Ending;
 
     /// What a test's plugin does when it is called.
     #[derive(Clone, Copy)]

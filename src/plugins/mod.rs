@@ -27,6 +27,7 @@
 mod alert;
 mod auth;
 mod cache_salt;
+mod capture;
 mod chain;
 mod entry;
 mod meter;
@@ -45,6 +46,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 pub use alert::Alert;
 pub use auth::{Auth, hash_token, new_token};
 pub use cache_salt::CacheSalt;
+pub use capture::{Capture, CaptureConfig};
 pub use chain::{Chain, Passed};
 pub use entry::Entry;
 pub use rag::Rag;
@@ -65,6 +67,7 @@ pub const PLUGINS: &[Entry] = &[
     Entry::of::<Alert>(),
     Entry::of::<Rag>(),
     Entry::of::<RateLimit>(),
+    Entry::of::<Capture>(),
 ];
 
 /// Watches and changes requests on their way.
@@ -179,6 +182,13 @@ pub trait Plugin: Send + Sync {
     /// will make of it. The route is looked up by it, and so the list of plugins.
     fn model_meant<'a>(&self, model: &'a str) -> &'a str {
         model
+    }
+
+    /// Runs when a snapshot that holds the plugin becomes the one that serves,
+    /// also of a plugin that was kept: the place to start threads, and never
+    /// before, since a configuration that is only checked must not do anything.
+    fn go_live(&self, resources: &Resources) {
+        let _ = resources;
     }
 
     /// Returns the files, beside the YAML, whose change asks for a reload.

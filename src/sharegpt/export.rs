@@ -107,7 +107,9 @@ fn messages(line: &Captured) -> Result<Value, Unfit> {
             From::FunctionCall => {
                 let (thought, calls) = split_thought(&turn.value);
                 let calls = read_calls(calls);
-                ids = (0..calls.len()).map(|i| format!("call_{place}_{i}")).collect();
+                ids = (0..calls.len())
+                    .map(|i| format!("call_{place}_{i}"))
+                    .collect();
                 let calls: Vec<Value> = calls
                     .iter()
                     .zip(&ids)
@@ -130,9 +132,9 @@ fn messages(line: &Captured) -> Result<Value, Unfit> {
                     results.resize(ids.len(), "");
                 }
                 // Every call must have its answer.
-                all.extend(ids.iter().zip(results).map(|(id, result)| {
-                    json!({ "role": "tool", "tool_call_id": id, "content": result })
-                }));
+                all.extend(ids.iter().zip(results).map(
+                    |(id, result)| json!({ "role": "tool", "tool_call_id": id, "content": result }),
+                ));
             }
         }
         ids.clear();
@@ -197,7 +199,10 @@ mod tests {
         line(
             &[
                 ("human", "go"),
-                ("function_call", &format!("<think>\nhm\n</think>\n\n{calls}")),
+                (
+                    "function_call",
+                    &format!("<think>\nhm\n</think>\n\n{calls}"),
+                ),
                 ("observation", &results),
                 ("gpt", "done"),
             ],
@@ -216,7 +221,10 @@ mod tests {
         );
         let called = &all["messages"][2];
         assert_eq!(called["content"], "<think>\nhm\n</think>");
-        assert_eq!(called["tool_calls"][0]["function"]["arguments"], "{\"x\":1}");
+        assert_eq!(
+            called["tool_calls"][0]["function"]["arguments"],
+            "{\"x\":1}"
+        );
         assert_eq!(called["tool_calls"][1]["function"]["name"], "b");
         for (call, result) in [(0, "one"), (1, "two")] {
             let answer = &all["messages"][3 + call];
@@ -228,7 +236,10 @@ mod tests {
 
     #[test]
     fn plain_lines_have_words_and_nothing_else() {
-        assert_eq!(Format::SharegptPlain.render(&with_tools()), Err(Unfit::Tools));
+        assert_eq!(
+            Format::SharegptPlain.render(&with_tools()),
+            Err(Unfit::Tools)
+        );
         let words = line(
             &[("human", "a\u{2028}b"), ("gpt", "c")],
             &json!({ "system": "be" }),

@@ -79,7 +79,9 @@ fn surrogate(after: &str) -> Option<Half> {
     let unit = |text: &str| u16::from_str_radix(text.strip_prefix('u')?.get(..4)?, 16).ok();
     match unit(after)? {
         0xd800..=0xdbff => {
-            let low = after.get(5..).and_then(|rest| unit(rest.strip_prefix('\\')?));
+            let low = after
+                .get(5..)
+                .and_then(|rest| unit(rest.strip_prefix('\\')?));
             match low {
                 Some(0xdc00..=0xdfff) => Some(Half::Pair),
                 _ => Some(Half::Alone),

@@ -268,8 +268,16 @@ fn a_stream_says_what_its_pieces_say_together() {
             { "index": index, "delta": delta, "finish_reason": finish } ] })
     };
     let events = [
-        chunk(0, json!({ "role": "assistant", "content": "" }), Value::Null),
-        chunk(0, json!({ "reasoning_content": "h", "reasoning": "h" }), Value::Null),
+        chunk(
+            0,
+            json!({ "role": "assistant", "content": "" }),
+            Value::Null,
+        ),
+        chunk(
+            0,
+            json!({ "reasoning_content": "h", "reasoning": "h" }),
+            Value::Null,
+        ),
         chunk(0, json!({ "reasoning_content": "m" }), Value::Null),
         chunk(0, json!({ "content": "a\n\u{2028}" }), Value::Null),
         chunk(1, json!({ "content": "other" }), Value::Null),
@@ -293,10 +301,7 @@ fn a_stream_says_what_its_pieces_say_together() {
     assert_eq!(lines[0]["id"], "c-2-0");
     assert_eq!(
         turns(&lines[0])[1],
-        (
-            "gpt",
-            "<think>\nhm\n</think>\n\na\n\u{2028}\"b\"\u{85}"
-        )
+        ("gpt", "<think>\nhm\n</think>\n\na\n\u{2028}\"b\"\u{85}")
     );
     assert_eq!(lines[1]["id"], "c-2-1");
     assert_eq!(lines[1]["meta"]["choice"], 1);
@@ -319,7 +324,11 @@ fn what_some_readers_take_for_a_line_end_is_escaped() {
         Meta::default(),
     );
     let text = String::from_utf8(line.bytes()).unwrap();
-    assert_eq!(text.matches(['\n', '\u{2028}', '\u{2029}', '\u{85}']).count(), 1);
+    assert_eq!(
+        text.matches(['\n', '\u{2028}', '\u{2029}', '\u{85}'])
+            .count(),
+        1
+    );
     assert!(text.ends_with('\n'));
     let read: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(read["system"], "a\u{2028}b\u{85}c\nd\u{0}");

@@ -22,7 +22,7 @@ const FLOORS: [&[&str]; 6] = [
     &["plugins", "upstreams", "dialects"],
     &["gateway", "routes", "status"],
     &["proxy", "admin", "reload", "sim"],
-    &["main", "cli", "ctl", "server", "demo", "lib"],
+    &["main", "cli", "ctl", "server", "demo", "export", "lib"],
 ];
 /// The floors whose modules do not know each other.
 const STRANGERS: [usize; 2] = [2, 4];

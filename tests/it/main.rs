@@ -19,6 +19,7 @@ mod auth;
 mod bad_input;
 mod breaker;
 mod cache_salt;
+mod capture;
 mod chaos;
 mod cli;
 mod config_files;

@@ -14,6 +14,7 @@
 //!     tokens: 1M/min
 //!     concurrent: 20
 //!     budget: { day: { tokens: 5M }, month: { money: 100 } }
+//!     capture: false                    # its exchanges are never captured; default true
 //!     expires: 2027-01-01               # or 2027-01-01T12:00:00Z; UTC
 //! ```
 //!
@@ -58,7 +59,7 @@ const LIST_MAX: usize = 1000;
 /// The most requests at once that a key's own limit can say.
 const CONCURRENT_MAX: u64 = 1_000_000;
 
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 13] = [
     "name",
     "sha256",
     "models",
@@ -66,6 +67,7 @@ const FIELDS: [&str; 12] = [
     "pin",
     "local",
     "class",
+    "capture",
     "requests",
     "tokens",
     "concurrent",
@@ -250,7 +252,7 @@ impl Reader<'_> {
         let (pin, local, class) = (take("pin"), take("local"), take("class"));
         let (requests, tokens) = (take("requests"), take("tokens"));
         let (concurrent, budget) = (take("concurrent"), take("budget"));
-        let expires = take("expires");
+        let (capture, expires) = (take("capture"), take("expires"));
         self.unknown(&fields, &path);
 
         let at = |name| key_path(&path, name);
@@ -267,6 +269,7 @@ impl Reader<'_> {
             concurrent: self.optional(concurrent, &at("concurrent"), Self::at_once),
         };
         let budget = self.optional(budget, &at("budget"), Self::budget);
+        let capture = self.optional(capture, &at("capture"), Self::flag);
         let expires = self.optional(expires, &at("expires"), Self::expiry);
 
         // Whatever is missing here has been told, and nothing of the file will
@@ -284,6 +287,7 @@ impl Reader<'_> {
             class: class.unwrap_or_default(),
             limits,
             budget: budget.unwrap_or_default(),
+            capture: capture.unwrap_or(true),
         });
         for hash in hashes {
             self.keys.insert(Key {
@@ -634,7 +638,7 @@ mod tests {
     fn a_key_with_every_field_is_read() {
         let keys = keys(&format!(
             "keys:\n- name: alice\n  sha256: {}\n  models: [\"qwen*\", llama3]\n  groups: [gpus]\n  \
-             pin: true\n  local: true\n  class: batch\n  expires: \"2027-01-01T00:00:00Z\"\n",
+             pin: true\n  local: true\n  class: batch\n  capture: false\n  expires: \"2027-01-01T00:00:00Z\"\n",
             hash_token("token"),
         ));
         let Found::Valid(who) = keys.find(b"token", SystemTime::UNIX_EPOCH) else {
@@ -649,6 +653,7 @@ mod tests {
             class: Class::Batch,
             limits: KeyLimits::default(),
             budget: Budget::default(),
+            capture: false,
         };
         assert_eq!(*who, expected);
         assert_eq!(keys.find(b"Token", SystemTime::UNIX_EPOCH), Found::Unknown);

@@ -413,6 +413,7 @@ mod tests {
             class: Class::default(),
             limits,
             budget: Default::default(),
+            capture: true,
         }));
         ctx
     }
