@@ -136,3 +136,24 @@ def test_links_behind_the_engines_redirect_are_told_as_they_are(research, search
         ).choices[0].message
     urls = [one.url_citation.url for one in message.annotations]
     assert [url.split("/")[2] for url in urls] == [f"part{n}.example.com" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("place", ["user", "system"])
+def test_a_real_model_server_reads_the_results(start, search, llamas, tmp_path, place):
+    llama = llamas["llama-1"]
+    config = {
+        "plugins": [{"auth": "none"}, {"rag": {"retrievers": [searxng(search)], "place": place}}],
+        "groups": {"gpus": {"upstreams": [upstream("llama-1", llama)]}},
+        "routes": [{"model": "tiny", "groups": ["gpus"]}],
+    }
+    with client_of(start(Gateway, config, tmp_path)) as client:
+        ask = ASK | {"max_tokens": 16, "temperature": 0}
+        plain = client.chat.completions.create(**ask)
+        answer = client.chat.completions.create(**ask, extra_body={"research_mode": True})
+        # It has read the results, and says what it says; the sources come behind.
+        assert answer.usage.prompt_tokens > plain.usage.prompt_tokens + 100
+        message = answer.choices[0].message
+        assert [cited(message.content, one) for one in message.annotations] == ["[1]", "[2]", "[3]"]
+        stream = client.chat.completions.create(**ask, stream=True, extra_body={"research_mode": True})
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        assert text == message.content

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use super::{
     found::Found,
-    query::{Turn, prompt_of, turns},
+    query::{Turn, member_of, prompt_of, turns},
     settings::Place,
 };
 use crate::openai::{ApiRequest, Edit, Endpoint, json::Span};
@@ -73,9 +73,8 @@ pub(super) fn cite_of(request: &ApiRequest) -> Cite {
     ];
     let is_set = |value: &[u8]| !matches!(value, b"null" | b"\"\"" | b"false");
     let is_text = |value: &[u8]| {
-        let format: serde_json::Value = serde_json::from_slice(value).unwrap_or_default();
-        let format = format.get("format").unwrap_or(&format);
-        format.get("type").is_none_or(|kind| kind == "text")
+        let format = member_of(value, b"format").unwrap_or(value);
+        member_of(format, b"type").is_none_or(|kind| kind == b"\"text\"")
     };
     let form = FORMS.iter().any(|key| request.get(key).is_some_and(is_set));
     let format = ["response_format", "text"]

@@ -48,6 +48,7 @@ use self::{
 };
 use super::{Build, ConfigError, Configure, Flow, OnFailure, Pass, Plugin, Wants};
 use crate::{
+    config::Config,
     context::RequestContext,
     error::{Error, Result},
     openai::{ApiRequest, Edit, Endpoint, Frame},
@@ -268,6 +269,15 @@ impl Plugin for Rag {
         Ok(())
     }
 
+    fn warnings(&self, config: &Config) -> Vec<String> {
+        let all_local = !config.routes.is_empty() && config.routes.iter().all(|route| route.local);
+        if !all_local || self.search.is_open_to(true) {
+            return Vec::new();
+        }
+        let message = "nothing will be searched for: every route is local, and no retriever is";
+        vec![message.to_owned()]
+    }
+
     fn model_meant<'a>(&self, model: &'a str) -> &'a str {
         if self.takes(Trigger::Suffix) {
             without_suffix(model).unwrap_or(model)
@@ -289,16 +299,13 @@ impl Rag {
     /// Reads how much a client wants to be searched: `low` is half of what is
     /// usual, `high` twice.
     fn results_for(&self, options: &[u8]) -> Result<Option<usize>> {
-        let wrong = || {
+        if options.first() != Some(&b'{') {
             let message = "`web_search_options` must be an object";
-            Error::invalid("invalid_value", message).param(WEB_SEARCH_OPTIONS)
-        };
-        let options: serde_json::Value = serde_json::from_slice(options).map_err(|_why| wrong())?;
-        let options = options.as_object().ok_or_else(wrong)?;
-        let size = options.get("search_context_size");
-        Ok(match size.and_then(serde_json::Value::as_str) {
-            Some("low") => Some(self.results.div_ceil(2)),
-            Some("high") => Some((self.results * 2).min(RESULTS_MAX)),
+            return Err(Error::invalid("invalid_value", message).param(WEB_SEARCH_OPTIONS));
+        }
+        Ok(match query::member_of(options, b"search_context_size") {
+            Some(b"\"low\"") => Some(self.results.div_ceil(2)),
+            Some(b"\"high\"") => Some((self.results * 2).min(RESULTS_MAX)),
             _ => None,
         })
     }

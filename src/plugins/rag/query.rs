@@ -3,14 +3,14 @@
 
 use std::collections::VecDeque;
 
-use serde_json::Value;
-
 use crate::openai::{
     ApiRequest, Endpoint,
     cursor::Cursor,
     json::{self, Span},
 };
 
+/// As much of the beginning, and of the end, of a text is looked at, in bytes.
+const LOOKED_AT_MAX: usize = 32 * 1024;
 /// The most words of a turn that may lean on the one before.
 const FOLLOW_UP_WORDS: usize = 8;
 /// Of words like these a question begins that goes on with another.
@@ -112,17 +112,40 @@ pub(super) fn turns(body: &[u8], at: Span) -> Turns {
 
 /// Returns what a turn says: a text, or the text parts of a list.
 pub(super) fn text_of(content: &[u8]) -> String {
-    match serde_json::from_slice(content) {
-        Ok(Value::String(text)) => text,
-        Ok(Value::Array(parts)) => {
-            let texts = parts.iter().filter_map(|part| match part {
-                Value::String(text) => Some(text.as_str()),
-                part => part.get("text")?.as_str(),
-            });
-            texts.collect::<Vec<_>>().join("\n")
-        }
-        _ => String::new(),
+    let mut parts = Cursor::new(content);
+    if parts.peek() != Some(b'[') {
+        return json::text(content).unwrap_or_default().into_owned();
     }
+    // No tree is made of it: that of a hostile one is thirty times as large.
+    let mut out = String::new();
+    parts.enter_array();
+    while parts.item() {
+        let Some(part) = parts.skip() else { break };
+        let text = match part.first() {
+            Some(b'{') => member_of(part, b"text").and_then(json::text),
+            _ => json::text(part),
+        };
+        if let Some(text) = text {
+            out.push_str(&text);
+            out.push('\n');
+        }
+    }
+    out
+}
+
+/// Returns a member of an object, as it is written.
+pub(super) fn member_of<'a>(object: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+    let mut cursor = Cursor::new(object);
+    if !cursor.enter_object() {
+        return None;
+    }
+    while let Some(key) = cursor.key() {
+        let value = cursor.skip()?;
+        if key == name {
+            return Some(value);
+        }
+    }
+    None
 }
 
 /// Makes the query for a request; `None` if the user asks nothing in words.
@@ -187,7 +210,8 @@ fn of_turns(body: &[u8], at: Span) -> (String, String) {
 fn shortened(text: &str, most_chars: usize) -> String {
     let mut lines: Vec<String> = Vec::new();
     let mut in_code = false;
-    for line in text.lines() {
+    let (head, tail) = ends_of(text);
+    for line in head.lines().chain(tail.lines()) {
         if line.trim_start().starts_with("```") {
             in_code = !in_code;
             continue;
@@ -207,6 +231,17 @@ fn shortened(text: &str, most_chars: usize) -> String {
         .find(|sentence| sentence.ends_with(['?', '？', '؟']));
     let first = lines.first().map_or("", String::as_str);
     cut(question.unwrap_or(first), most_chars)
+}
+
+/// Returns the beginning and the end of a long text; of another, all of it.
+fn ends_of(text: &str) -> (&str, &str) {
+    if text.len() <= 2 * LOOKED_AT_MAX {
+        return (text, "");
+    }
+    let borders = |from: usize| (from..from + 4).find(|at| text.is_char_boundary(*at));
+    let head = borders(LOOKED_AT_MAX).and_then(|at| text.get(..at));
+    let tail = borders(text.len() - LOOKED_AT_MAX).and_then(|at| text.get(at..));
+    (head.unwrap_or_default(), tail.unwrap_or_default())
 }
 
 /// Splits a line behind every mark that ends a sentence.
@@ -319,6 +354,20 @@ mod tests {
         assert!(cut.len() <= 60 && cut.ends_with("word"), "{cut:?}");
         let message = format!(r#"{{"role":"user","content":"{}"}}"#, "水".repeat(100));
         assert_eq!(chat(&message).unwrap().chars().count(), 60);
+    }
+
+    #[test]
+    fn of_a_very_long_text_both_ends_are_looked_at() {
+        let long = "żółw. ".repeat(1 << 20);
+        let (head, tail) = ends_of(&long);
+        assert!(head.len() <= LOOKED_AT_MAX + 3 && tail.len() <= LOOKED_AT_MAX);
+        for content in [
+            format!("Who reads all of this? {long}"),
+            format!("{long} Who reads all of this?"),
+        ] {
+            let message = format!(r#"{{"role":"user","content":"{content}"}}"#);
+            assert_eq!(chat(&message).as_deref(), Some("Who reads all of this?"));
+        }
     }
 
     #[test]

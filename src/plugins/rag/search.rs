@@ -81,7 +81,7 @@ pub(super) enum Searched {
     Failed,
 }
 
-/// Until when retriever are left alone. Outlives a reload: the servers on the
+/// Until when retrievers are left alone. Outlives a reload: the servers on the
 /// other side know nothing of ours.
 #[derive(Debug, Default)]
 pub(super) struct Cooldowns(Mutex<HashMap<String, Instant>>);

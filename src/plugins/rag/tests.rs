@@ -115,6 +115,24 @@ fn ways_that_are_switched_off_are_nobodys_business() {
 }
 
 #[test]
+fn retrievers_that_nobody_may_ask_are_worth_a_warning() {
+    let config = |local: bool| {
+        let mut config = Config::default();
+        let route = crate::config::Route {
+            local,
+            ..Default::default()
+        };
+        config.routes = vec![route];
+        config
+    };
+    let away = rag(json!({}));
+    assert_eq!(away.warnings(&config(true)).len(), 1);
+    assert_eq!(away.warnings(&config(false)).len(), 0);
+    let home = rag(json!({ "retrievers": [{ "duckduckgo": { "local": true } }] }));
+    assert_eq!(home.warnings(&config(true)).len(), 0);
+}
+
+#[test]
 fn the_size_of_the_context_is_a_number_of_results() {
     let rag = rag(json!({ "results": 3 }));
     for (size, results) in [
