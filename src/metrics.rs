@@ -140,6 +140,8 @@ pub struct Metrics {
     pub search_cache: IntCounterVec,
     /// Pauses that retrievers were given, by retriever and reason.
     pub search_cooldowns: IntCounterVec,
+    /// What the rules of `policy` found, by the part of its settings and the rule.
+    pub policy_hits: IntCounterVec,
     /// Reloads of the configuration, by result.
     pub reloads: IntCounterVec,
     /// Whether the last reload worked.
@@ -408,6 +410,11 @@ impl Metrics {
                 "forebay_search_cooldowns_total",
                 "Pauses that retrievers were given",
                 &["retriever", "reason"],
+            ),
+            policy_hits: all.counters(
+                "forebay_policy_hits_total",
+                "What the rules of the plugin policy found",
+                &["part", "rule"],
             ),
             reloads: all.counters(
                 "forebay_config_reloads_total",

@@ -24,6 +24,7 @@ pub(super) fn expected(format: &str) -> Option<&'static str> {
         "model" => "a model's name",
         "pattern" => "a model's name, or a pattern such as \"qwen*\"",
         "patterns" => "a list of models' names or patterns such as [\"qwen*\"]",
+        "expression" => "a regular expression such as \"(?i)secret\"",
         "cidrs" => "a list of networks such as [10.0.0.0/8]",
         "headers" => "a mapping of header names to values",
         "plugins" => "a list of plugins (each begins with -)",
@@ -75,6 +76,7 @@ pub(super) fn check(format: &str, text: &str) -> Result<(), String> {
         "name" => name(text),
         "model" => model(text),
         "pattern" => pattern(text),
+        "expression" => expression(text),
         _ => Ok(()),
     }
 }
@@ -139,6 +141,36 @@ pub(super) fn header_value(text: &str) -> Result<Option<SecretRef>, String> {
         return Err("found characters that no header can carry (it is not shown here)".to_owned());
     }
     Ok(None)
+}
+
+/// Checks a regular expression: one that is not too large compiled, and that
+/// finds something.
+fn expression(text: &str) -> Result<(), String> {
+    /// The most memory of one expression, in bytes.
+    const BYTES_MAX: usize = 1024 * 1024;
+    let parsed = regex_syntax::parse(text).map_err(|why| {
+        // Its first lines show the expression, the last says what is wrong.
+        let told = why.to_string();
+        let reason = told.lines().last().unwrap_or_default();
+        format!("{} ({})", found(text), reason.trim_start_matches("error: "))
+    })?;
+    if parsed
+        .properties()
+        .minimum_len()
+        .is_none_or(|least| least == 0)
+    {
+        return Err(format!("{} (it matches nothing at all)", found(text)));
+    }
+    regex::RegexBuilder::new(text)
+        .size_limit(BYTES_MAX)
+        .build()
+        .map(drop)
+        .map_err(|_why| {
+            format!(
+                "{} (it is larger than {BYTES_MAX} bytes compiled)",
+                found(text)
+            )
+        })
 }
 
 fn duration(text: &str) -> Result<(), String> {
@@ -378,6 +410,19 @@ mod tests {
                 vec!["", " a", "q*", "a\nb"],
             ),
             ("pattern", vec!["*", "qwen*", "a*b"], vec!["", " ", "a\tb"]),
+            (
+                "expression",
+                vec!["secret", "(?i)a+b", r"\bass\b"],
+                vec![
+                    "",
+                    "(",
+                    "a*",
+                    r"\b",
+                    "(?:a{1000}){1000}",
+                    "(a)\\1",
+                    "(?=a)b",
+                ],
+            ),
         ] {
             for text in fits {
                 assert_eq!(check(format, text), Ok(()), "{format} {text:?}");

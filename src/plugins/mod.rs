@@ -31,6 +31,7 @@ mod capture;
 mod chain;
 mod entry;
 mod meter;
+mod policy;
 mod rag;
 mod rate_limit;
 mod spent;
@@ -49,6 +50,7 @@ pub use cache_salt::CacheSalt;
 pub use capture::{Capture, CaptureConfig};
 pub use chain::{Chain, Passed};
 pub use entry::Entry;
+pub use policy::Policy;
 pub use rag::Rag;
 pub use rate_limit::RateLimit;
 
@@ -66,6 +68,7 @@ pub const PLUGINS: &[Entry] = &[
     Entry::of::<CacheSalt>(),
     Entry::of::<Alert>(),
     Entry::of::<Rag>(),
+    Entry::of::<Policy>(),
     Entry::of::<RateLimit>(),
     Entry::of::<Capture>(),
 ];

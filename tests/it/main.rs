@@ -41,6 +41,7 @@ mod observability;
 mod ollama;
 mod payloads_h1;
 mod payloads_h2;
+mod policy;
 mod queue;
 mod rate_limit;
 mod reload;

@@ -1,0 +1,162 @@
+//! Sets of regular expressions, and what of a text that still grows they may
+//! yet match.
+//!
+//! Everything here takes time linear in the text, whatever the expressions are:
+//! they have no backreferences and no look-around but anchors and word borders.
+//! Their compiled size is bounded when the configuration is read.
+
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
+
+use regex_automata::{
+    Anchored, Input,
+    hybrid::dfa::{Cache, DFA},
+    meta::Regex,
+    nfa::thompson,
+};
+
+/// The most memory of a compiled set, in bytes.
+const SET_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// The memory of the states that a set remembers, in bytes.
+const CACHE_BYTES: usize = 1024 * 1024;
+/// How many of these memories are kept for the next stream.
+const CACHES_MAX: usize = 16;
+/// Steps that one look at the end of a text may take; a position that is not
+/// decided by then counts as one where a match may begin.
+const STEPS_MAX: usize = 256 * 1024;
+
+/// A set of expressions, the first of which counts where several match at one
+/// place.
+pub(super) struct Matcher {
+    regex: Regex,
+    dfa: DFA,
+    caches: Mutex<Vec<Cache>>,
+}
+
+impl Matcher {
+    /// Compiles a set, each of whose expressions was checked by itself.
+    ///
+    /// # Errors
+    /// They are too large together.
+    pub(super) fn new(patterns: &[String]) -> Result<Self, String> {
+        let told = |why: &dyn std::fmt::Display| format!("too large together ({why})");
+        let config = Regex::config()
+            .nfa_size_limit(Some(SET_BYTES_MAX))
+            .hybrid_cache_capacity(CACHE_BYTES);
+        let regex = Regex::builder()
+            .configure(config)
+            .build_many(patterns)
+            .map_err(|why| told(&why))?;
+        let config = DFA::config()
+            .unicode_word_boundary(true)
+            .cache_capacity(CACHE_BYTES)
+            .skip_cache_capacity_check(true);
+        let dfa = DFA::builder()
+            .configure(config)
+            .thompson(thompson::Config::new().nfa_size_limit(Some(SET_BYTES_MAX)))
+            .build_many(patterns)
+            .map_err(|why| told(&why))?;
+        Ok(Self {
+            regex,
+            dfa,
+            caches: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// Returns the first match that is not empty at or behind `from`.
+    pub(super) fn find(&self, text: &str, from: usize) -> Option<Range<usize>> {
+        let input = Input::new(text).range(from..);
+        let mut all = self.regex.find_iter(input);
+        all.find(|found| !found.is_empty())
+            .map(|found| found.range())
+    }
+
+    /// Returns the first place of `within` from which on the text, up to its
+    /// end, is the beginning of a match, or a match that more text may change.
+    pub(super) fn undecided(&self, text: &str, within: Range<usize>) -> Option<usize> {
+        let kept = self.lock().pop();
+        let mut cache = kept.unwrap_or_else(|| self.dfa.create_cache());
+        let mut steps = STEPS_MAX;
+        let place = text
+            .get(within.clone())
+            .unwrap_or_default()
+            .char_indices()
+            .map(|(at, _)| within.start + at)
+            .find(|&at| self.is_undecided(&mut cache, text, at, &mut steps));
+        let mut caches = self.lock();
+        if caches.len() < CACHES_MAX {
+            caches.push(cache);
+        }
+        place
+    }
+
+    fn is_undecided(&self, cache: &mut Cache, text: &str, at: usize, steps: &mut usize) -> bool {
+        let input = Input::new(text).anchored(Anchored::Yes).range(at..);
+        // Where the automaton gives up (at a word border between letters that
+        // are not ASCII) anything may come.
+        let Ok(mut state) = self.dfa.start_state_forward(cache, &input) else {
+            return true;
+        };
+        for &byte in text.as_bytes().get(at..).unwrap_or_default() {
+            if state.is_dead() {
+                return false;
+            }
+            let Some(left) = steps.checked_sub(1) else {
+                return true;
+            };
+            *steps = left;
+            match self.dfa.next_state(cache, state, byte) {
+                Ok(next) if !next.is_quit() => state = next,
+                _ => return true,
+            }
+        }
+        !state.is_dead()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Cache>> {
+        self.caches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matcher(patterns: &[&str]) -> Matcher {
+        let patterns: Vec<String> = patterns.iter().map(|&one| one.to_owned()).collect();
+        Matcher::new(&patterns).unwrap()
+    }
+
+    #[test]
+    fn only_what_may_become_a_match_is_undecided() {
+        let set = matcher(&["secret", "[0-9]{4}-[0-9]+"]);
+        for (text, place) in [
+            ("nothing of it", None),
+            ("a sec", Some(2)),
+            ("a seclusion", None),
+            ("sse", Some(1)),
+            ("in 2026-1", Some(3)),
+            ("in 2026-12.", None),
+            ("", None),
+        ] {
+            assert_eq!(set.undecided(text, 0..text.len()), place, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_word_border_is_seen_from_both_sides() {
+        let set = matcher(&[r"\bass\b"]);
+        assert_eq!(set.undecided("bass", 0..4), None);
+        assert_eq!(set.undecided("an ass", 0..6), Some(3));
+        assert_eq!(set.undecided("an assa", 0..7), None);
+        assert_eq!(set.find("an ass.", 0), Some(3..6));
+    }
+
+    #[test]
+    fn a_set_that_explodes_is_not_built() {
+        let many = vec!["(?:[a-z]{500}){20}".to_owned(); 50];
+        assert!(Matcher::new(&many).is_err());
+    }
+}

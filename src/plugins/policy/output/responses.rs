@@ -1,0 +1,347 @@
+//! The texts of OpenAI's responses: events of a stream, and items of a whole.
+//!
+//! A text comes three times in a stream: as deltas, when it is done, and in the
+//! response as a whole. The rules see each of them.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+
+use super::{
+    read,
+    texts::{Fed, Kind, Place, Rules, Texts},
+};
+use crate::{
+    error::Result,
+    openai::Frame,
+    plugins::{Pass, policy::Hits},
+};
+
+/// The most of what was let through that is said once more where the answer is
+/// ended, in bytes.
+const SAID_MAX: usize = 1024 * 1024;
+/// The most events that are kept to be written anew.
+const KEPT_MAX: usize = 4096;
+
+/// What is kept of a stream of events.
+#[derive(Default)]
+pub(crate) struct ResponseStream {
+    texts: Texts,
+    /// The last delta of each text, for what is held back of it.
+    last: BTreeMap<Place, Value>,
+    /// The response as it was when it began.
+    response: Option<Value>,
+    /// What was let through of the answer.
+    said: String,
+    item: Option<Value>,
+}
+
+impl ResponseStream {
+    pub(crate) fn event(
+        &mut self,
+        rules: &Rules,
+        hits: &Hits,
+        event: &Frame,
+        out: &mut Vec<Frame>,
+    ) -> Result<Pass> {
+        let Some(data) = event
+            .data
+            .as_deref()
+            .filter(|data| data.trim_ascii().starts_with(b"{"))
+        else {
+            out.push(event.clone());
+            return Ok(Pass::On);
+        };
+        let mut value = read(data)?;
+        let name = value
+            .get("type")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        let name = name.to_owned();
+        if let Some(kind) = kind_of_delta(&name) {
+            return self.delta(rules, hits, kind, event, value, out);
+        }
+        let ends_all = matches!(&*name, "response.completed" | "response.incomplete");
+        let item = number(&value, "output_index");
+        if ends_all || name.ends_with(".done") {
+            let which = |place: &Place| ends_all || place.choice == item;
+            let ended = self.texts.end(rules, hits, which);
+            if let Some(pass) = self.put_ended(ended, out) {
+                return Ok(pass);
+            }
+        }
+        if self.response.is_none()
+            && let Some(response) = value.get("response")
+        {
+            self.response = Some(response.clone());
+        }
+        let mut changed = false;
+        let mut denied = false;
+        each_text(&mut value, &mut |kind, text| {
+            if denied || !rules.look_at(kind) {
+                return;
+            }
+            // Each was counted where it came first.
+            let fed = rules.apply(&Hits::default(), kind, text);
+            changed |= fed.denied || fed.text != *text;
+            denied |= fed.denied;
+            *text = fed.text;
+        });
+        if denied {
+            self.put_denied(out);
+            return Ok(Pass::End);
+        }
+        out.push(match changed {
+            true => {
+                forget_tokens(&mut value);
+                event.replaced(value.to_string().as_bytes())
+            }
+            false => event.clone(),
+        });
+        Ok(Pass::On)
+    }
+
+    fn delta(
+        &mut self,
+        rules: &Rules,
+        hits: &Hits,
+        kind: Kind,
+        event: &Frame,
+        mut value: Value,
+        out: &mut Vec<Frame>,
+    ) -> Result<Pass> {
+        let place = Place {
+            choice: number(&value, "output_index"),
+            kind,
+            nth: number(&value, "content_index") + number(&value, "summary_index"),
+        };
+        let Some(Value::String(text)) = value.get("delta") else {
+            out.push(event.clone());
+            return Ok(Pass::On);
+        };
+        if !rules.look_at(kind) {
+            out.push(event.clone());
+            return Ok(Pass::On);
+        }
+        let Fed { text: new, denied } = self.texts.feed(rules, hits, place, text, false)?;
+        let is_same = !denied && new == *text;
+        if kind == Kind::Answer && self.said.len() + new.len() <= SAID_MAX {
+            self.said.push_str(&new);
+            self.item = value.get("item_id").cloned();
+        }
+        if !is_same {
+            set(&mut value, "delta", json!(new));
+            forget_tokens(&mut value);
+        }
+        if is_same {
+            out.push(event.clone());
+        } else if !new.is_empty() {
+            out.push(event.replaced(value.to_string().as_bytes()));
+        }
+        if denied {
+            self.put_denied(out);
+            return Ok(Pass::End);
+        }
+        if self.last.len() < KEPT_MAX || self.last.contains_key(&place) {
+            set(&mut value, "delta", Value::Null);
+            self.last.insert(place, value);
+        }
+        Ok(Pass::On)
+    }
+
+    fn put_ended(&mut self, ended: Vec<(Place, Fed)>, out: &mut Vec<Frame>) -> Option<Pass> {
+        for (place, fed) in ended {
+            if let (false, Some(mut value)) = (fed.text.is_empty(), self.last.remove(&place)) {
+                if place.kind == Kind::Answer && self.said.len() + fed.text.len() <= SAID_MAX {
+                    self.said.push_str(&fed.text);
+                }
+                set(&mut value, "delta", json!(fed.text));
+                let name = value
+                    .get("type")
+                    .and_then(Value::as_str)
+                    .unwrap_or_default();
+                let name = name.to_owned();
+                out.push(named(&name, &value));
+            }
+            if fed.denied {
+                self.put_denied(out);
+                return Some(Pass::End);
+            }
+        }
+        None
+    }
+
+    /// Ends the response, which has what was let through.
+    fn put_denied(&mut self, out: &mut Vec<Frame>) {
+        let mut response = self.response.take().unwrap_or_else(|| json!({}));
+        let said = std::mem::take(&mut self.said);
+        let item = json!({
+            "id": self.item.take(),
+            "type": "message",
+            "role": "assistant",
+            "status": "incomplete",
+            "content": [{ "type": "output_text", "text": said, "annotations": [] }],
+        });
+        filter(&mut response);
+        set(&mut response, "output", json!([item]));
+        let name = "response.incomplete";
+        out.push(named(name, &json!({ "type": name, "response": response })));
+    }
+}
+
+/// Applies the rules to a whole response; says whether anything has changed.
+pub(crate) fn whole_response(rules: &Rules, hits: &Hits, answer: &mut Value) -> Result<bool> {
+    let mut changed = false;
+    let mut denied = false;
+    let Some(Value::Array(items)) = answer.get_mut("output") else {
+        return Ok(false);
+    };
+    let mut kept = 0;
+    for item in items.iter_mut() {
+        each_item_text(item, &mut |kind, text| {
+            if denied {
+                text.clear();
+                return;
+            }
+            if !rules.look_at(kind) {
+                return;
+            }
+            let fed = rules.apply(hits, kind, text);
+            changed |= fed.denied || fed.text != *text;
+            denied |= fed.denied;
+            *text = fed.text;
+        });
+        kept += 1;
+        if denied {
+            set(item, "status", json!("incomplete"));
+            break;
+        }
+    }
+    items.truncate(kept);
+    if denied {
+        // What stands here only is made of what stands there.
+        if let Some(answer) = answer.as_object_mut() {
+            answer.shift_remove("output_text");
+        }
+        filter(answer);
+    }
+    if changed {
+        forget_tokens(answer);
+    }
+    Ok(changed)
+}
+
+fn kind_of_delta(name: &str) -> Option<Kind> {
+    Some(match name {
+        "response.output_text.delta" => Kind::Answer,
+        "response.refusal.delta" => Kind::Refusal,
+        "response.reasoning_text.delta" => Kind::Reasoning("text"),
+        "response.reasoning_summary_text.delta" => Kind::Reasoning("summary"),
+        "response.function_call_arguments.delta" => Kind::Tool,
+        _ => return None,
+    })
+}
+
+/// Shows every text that an event repeats.
+fn each_text(event: &mut Value, see: &mut dyn FnMut(Kind, &mut String)) {
+    let name = event
+        .get("type")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    let kind = match name.contains("reasoning") {
+        true => Kind::Reasoning("text"),
+        false => Kind::Answer,
+    };
+    for key in ["text", "refusal"] {
+        if let Some(Value::String(text)) = event.get_mut(key) {
+            see(kind, text);
+        }
+    }
+    if let Some(Value::String(text)) = event.get_mut("arguments") {
+        see(Kind::Tool, text);
+    }
+    if let Some(part) = event.get_mut("part") {
+        part_text(part, kind, see);
+    }
+    if let Some(item) = event.get_mut("item") {
+        each_item_text(item, see);
+    }
+    let output = event
+        .get_mut("response")
+        .and_then(|response| response.get_mut("output"));
+    if let Some(Value::Array(items)) = output {
+        items.iter_mut().for_each(|item| each_item_text(item, see));
+    }
+}
+
+fn each_item_text(item: &mut Value, see: &mut dyn FnMut(Kind, &mut String)) {
+    let kind = match item.get("type").and_then(Value::as_str) {
+        Some("reasoning") => Kind::Reasoning("text"),
+        _ => Kind::Answer,
+    };
+    for key in ["summary", "content"] {
+        if let Some(Value::Array(parts)) = item.get_mut(key) {
+            parts.iter_mut().for_each(|part| part_text(part, kind, see));
+        }
+    }
+    if let Some(Value::String(text)) = item.get_mut("arguments") {
+        see(Kind::Tool, text);
+    }
+}
+
+fn part_text(part: &mut Value, kind: Kind, see: &mut dyn FnMut(Kind, &mut String)) {
+    for key in ["text", "refusal"] {
+        if let Some(Value::String(text)) = part.get_mut(key) {
+            see(kind, text);
+        }
+    }
+}
+
+fn filter(response: &mut Value) {
+    set(response, "status", json!("incomplete"));
+    set(
+        response,
+        "incomplete_details",
+        json!({ "reason": "content_filter" }),
+    );
+}
+
+/// The tokens of a text that has changed would tell what it was.
+fn forget_tokens(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            if let Some(tokens) = members.get_mut("logprobs") {
+                *tokens = json!([]);
+            }
+            members.values_mut().for_each(forget_tokens);
+        }
+        Value::Array(items) => items.iter_mut().for_each(forget_tokens),
+        _ => {}
+    }
+}
+
+fn number(event: &Value, key: &str) -> u64 {
+    event
+        .get(key)
+        .and_then(Value::as_u64)
+        .unwrap_or(0)
+        .min(1 << 32)
+}
+
+/// Sets a member of an object; nothing else has members.
+fn set(value: &mut Value, key: &str, member: Value) {
+    if let Some(members) = value.as_object_mut() {
+        members.insert(key.to_owned(), member);
+    }
+}
+
+fn named(name: &str, data: &Value) -> Frame {
+    let event = Bytes::copy_from_slice(name.as_bytes());
+    let mut frame = Frame::of_data(data.to_string().as_bytes());
+    frame.raw = [b"event: ", &event[..], b"\n", &frame.raw[..]]
+        .concat()
+        .into();
+    frame.event = Some(event);
+    frame
+}
