@@ -383,10 +383,10 @@ mod tests {
             ten("user", 'f'),
         ]);
         for (limit, left) in [
-            (86, "sabc-dezf"),
-            (85, "sc-dezf"),
-            (68, "sc-dezf"),
-            (67, "szf"),
+            (89, "sabc-dezf"),
+            (88, "sc-dezf"),
+            (69, "sc-dezf"),
+            (68, "szf"),
             (33, "szf"),
         ] {
             let mut request = chat(&messages, "");

@@ -12,7 +12,10 @@ use std::{
 
 use regex_automata::{
     Anchored, Input,
-    hybrid::dfa::{Cache, DFA},
+    hybrid::{
+        LazyStateID,
+        dfa::{Cache, DFA},
+    },
     meta::Regex,
     nfa::thompson,
 };
@@ -112,7 +115,59 @@ impl Matcher {
                 _ => return true,
             }
         }
-        !state.is_dead()
+        !state.is_dead() && !self.is_settled(cache, state, steps).unwrap_or(false)
+    }
+
+    /// Says whether a match has come to its end in a state, whatever follows;
+    /// `None` if that takes too long to find out. The automaton tells of a match
+    /// one byte later than it has seen it.
+    fn is_settled(&self, cache: &mut Cache, state: LazyStateID, steps: &mut usize) -> Option<bool> {
+        if state.is_match() {
+            return self.is_over(cache, state, steps);
+        }
+        let cleared = cache.clear_count();
+        let ended = self.dfa.next_eoi_state(cache, state).ok()?;
+        if cache.clear_count() != cleared || !ended.is_match() {
+            return Some(false);
+        }
+        for class in self.dfa.byte_classes().representatives(..) {
+            let Some(byte) = class.as_u8() else {
+                continue;
+            };
+            let next = self.step(cache, state, byte, steps)?;
+            if !next.is_match() || !self.is_over(cache, next, steps)? {
+                return Some(false);
+            }
+        }
+        Some(true)
+    }
+
+    /// Says whether nothing more can come of a state.
+    fn is_over(&self, cache: &mut Cache, state: LazyStateID, steps: &mut usize) -> Option<bool> {
+        for class in self.dfa.byte_classes().representatives(..) {
+            let Some(byte) = class.as_u8() else {
+                continue;
+            };
+            if !self.step(cache, state, byte, steps)?.is_dead() {
+                return Some(false);
+            }
+        }
+        Some(true)
+    }
+
+    /// Goes from a state that is still needed to the next; `None` if it has been
+    /// forgotten on the way, since the memory is bounded.
+    fn step(
+        &self,
+        cache: &mut Cache,
+        state: LazyStateID,
+        byte: u8,
+        steps: &mut usize,
+    ) -> Option<LazyStateID> {
+        *steps = steps.checked_sub(1)?;
+        let cleared = cache.clear_count();
+        let next = self.dfa.next_state(cache, state, byte).ok()?;
+        (cache.clear_count() == cleared).then_some(next)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Cache>> {
@@ -139,10 +194,29 @@ mod tests {
             ("sse", Some(1)),
             ("in 2026-1", Some(3)),
             ("in 2026-12.", None),
+            ("the secret", None),
             ("", None),
         ] {
             assert_eq!(set.undecided(text, 0..text.len()), place, "{text}");
         }
+    }
+
+    #[test]
+    fn more_states_than_the_memory_holds_change_nothing() {
+        let set = matcher(&["[ab]*a[ab]{14}c", "abc"]);
+        let text: String = (0..3000_u32)
+            .map(|n| {
+                if n.wrapping_mul(2_654_435_761) >> 31 == 0 {
+                    'a'
+                } else {
+                    'b'
+                }
+            })
+            .collect();
+        for end in (0..text.len()).step_by(7) {
+            set.undecided(&text[..end], end.saturating_sub(64)..end);
+        }
+        assert_eq!(set.undecided("xabc", 0..4), None);
     }
 
     #[test]

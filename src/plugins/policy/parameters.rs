@@ -201,9 +201,8 @@ fn limit_one(request: &mut ApiRequest, name: &str, limit: &LimitConfig, hits: &H
             let message = format!("`{key}` must be a number");
             return Err(Error::invalid("invalid_type", message).param(key.to_owned()));
         };
-        let within =
-            |bound: f64| bound.clamp(limit.min.unwrap_or(bound), limit.max.unwrap_or(bound));
-        let nearest = within(number);
+        let nearest = number.max(limit.min.unwrap_or(number));
+        let nearest = nearest.min(limit.max.unwrap_or(nearest));
         if nearest == number {
             continue;
         }
