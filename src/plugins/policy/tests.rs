@@ -14,6 +14,7 @@ fn policy(config: Value) -> std::result::Result<Policy, ConfigError> {
     let build = Build {
         base: std::path::Path::new("."),
         resources: &Resources::default(),
+        list: "",
     };
     Policy::configure(config, &build)
 }
@@ -421,6 +422,9 @@ async fn trusted_keys_may_send_what_others_may_not() {
             pin: false,
             local: false,
             class: crate::context::Class::Interactive,
+            limits: Default::default(),
+            budget: Default::default(),
+            capture: true,
         }))
     };
     let mut context = ctx(Endpoint::ChatCompletions, &body);
