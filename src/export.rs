@@ -106,12 +106,12 @@ pub(crate) fn run(options: &ExportOptions) -> anyhow::Result<String> {
         (None, To::Llamafactory) => bail!("llamafactory is a folder: name it with --out"),
         (Some(out), _) => {
             let mut part = Part::of(out)?;
-            export.all(&files, &mut part.file, &progress)?;
+            export.all(&files, &mut Output::of(&mut part.file), &progress)?;
             part.finish()?;
         }
         (None, _) => {
             let mut out = BufWriter::new(io::stdout().lock());
-            export.all(&files, &mut out, &progress)?;
+            export.all(&files, &mut Output::of(&mut out), &progress)?;
             out.flush()?;
         }
     }
@@ -162,6 +162,26 @@ fn progress(total: u64) -> ProgressBar {
     ProgressBar::new(total).with_style(style)
 }
 
+/// Where lines are written.
+struct Output<'a> {
+    out: &'a mut dyn Write,
+    /// Where those without images are written, if apart.
+    wordy: Option<&'a mut dyn Write>,
+}
+
+impl<'a> Output<'a> {
+    fn of(out: &'a mut dyn Write) -> Self {
+        Self { out, wordy: None }
+    }
+
+    fn for_line(&mut self, has_images: bool) -> &mut dyn Write {
+        match &mut self.wordy {
+            Some(wordy) if !has_images => &mut **wordy,
+            _ => &mut *self.out,
+        }
+    }
+}
+
 struct Export<'a> {
     options: &'a ExportOptions,
     counts: Counts,
@@ -175,12 +195,12 @@ impl Export<'_> {
     fn all(
         &mut self,
         files: &[(PathBuf, u64)],
-        out: &mut impl Write,
+        output: &mut Output<'_>,
         progress: &ProgressBar,
     ) -> anyhow::Result<()> {
         let is_array = self.options.to == To::SharegptJson;
         if is_array {
-            out.write_all(b"[")?;
+            output.out.write_all(b"[")?;
         }
         for (path, _) in files {
             let file = File::open(path).with_context(|| path.display().to_string())?;
@@ -191,10 +211,10 @@ impl Export<'_> {
             } else {
                 Box::new(counted)
             };
-            self.lines(path, BufReader::with_capacity(1 << 20, plain), out)?;
+            self.lines(path, BufReader::with_capacity(1 << 20, plain), output)?;
         }
         if is_array {
-            out.write_all(b"\n]\n")?;
+            output.out.write_all(b"\n]\n")?;
         }
         Ok(())
     }
@@ -203,7 +223,7 @@ impl Export<'_> {
         &mut self,
         path: &Path,
         mut file: impl BufRead,
-        out: &mut impl Write,
+        output: &mut Output<'_>,
     ) -> anyhow::Result<()> {
         let mut line = Vec::new();
         for number in 1.. {
@@ -224,7 +244,9 @@ impl Export<'_> {
             }
             match Captured::read(text) {
                 Some(captured) => {
+                    let has_images = !captured.images.is_empty();
                     if let Some(rendered) = self.render(path, captured) {
+                        let out = output.for_line(has_images);
                         let before: &[u8] = match (self.options.to, self.counts.written) {
                             (To::SharegptJson, 0) => b"\n",
                             (To::SharegptJson, _) => b",\n",
@@ -294,7 +316,17 @@ impl Export<'_> {
         fs::create_dir_all(out).with_context(|| out.display().to_string())?;
         let data = format!("{DATASET}.jsonl");
         let mut part = Part::of(&out.join(&data))?;
-        self.all(files, &mut part.file, progress)?;
+        // Loaders guess the types of columns from the first lines: those with
+        // images come first, or their list would be one of nothing.
+        let mut wordy = Part::of(&out.join(format!("{DATASET}-wordy.jsonl")))?;
+        let mut output = Output {
+            out: &mut part.file,
+            wordy: Some(&mut wordy.file),
+        };
+        self.all(files, &mut output, progress)?;
+        wordy.file.flush()?;
+        io::copy(&mut File::open(&wordy.beside)?, &mut part.file)?;
+        drop(wordy);
         for (folder, name) in &self.images {
             copy_image(&folder.join(name), &out.join(name))?;
         }
