@@ -8,7 +8,7 @@ use super::{
     dialogue::Call,
     events::EventLog,
     lenient::{parse, string, text_of},
-    request::{Unreadable, call_of, calls_of, thought_of, thought_of_item},
+    request::{Unreadable, call_of, calls_of, thought_in, thought_of, thought_of_item},
 };
 use crate::openai::{Endpoint, cursor::Cursor};
 
@@ -286,7 +286,9 @@ impl Choice {
         if let Some(text) = string(raw) {
             self.text.push_str(&text);
         } else if let Some(parts) = parse::<Vec<Value>>(raw) {
-            self.text.push_str(&text_of(&Value::Array(parts)));
+            let parts = Value::Array(parts);
+            self.text.push_str(&text_of(&parts));
+            self.thought.push_str(&thought_in(&parts));
         }
     }
 

@@ -271,6 +271,9 @@ impl Dialogue {
                 words.push_str(&escaped(text.to_owned()));
                 continue;
             }
+            if part.get("thinking").is_some() {
+                continue;
+            }
             after_text = false;
             match url_of_image(part) {
                 Some(url) => match image_of(url) {

@@ -126,7 +126,14 @@ pub(super) fn thought_of(message: &Value) -> String {
         .filter_map(|key| message.get(key))
         .map(text_of)
         .find(|thought| !thought.is_empty())
-        .unwrap_or_default()
+        .unwrap_or_else(|| thought_in(message.get("content").unwrap_or(&Value::Null)))
+}
+
+/// Returns what the parts of a content are that were only thought.
+pub(super) fn thought_in(content: &Value) -> String {
+    let parts = content.as_array().into_iter().flatten();
+    let thoughts = parts.filter_map(|part| part.get("thinking"));
+    thoughts.map(text_of).collect()
 }
 
 /// Returns the calls of a message, those of the old form too.

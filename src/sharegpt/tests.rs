@@ -200,6 +200,33 @@ fn calls_thoughts_and_what_is_said_beside_have_their_places() {
 }
 
 #[test]
+fn parts_that_were_only_thought_are_thoughts() {
+    let parts = |thought: &str, text: &str| {
+        json!([
+            { "type": "thinking", "thinking": [{ "type": "text", "text": thought }] },
+            { "type": "text", "text": text },
+        ])
+    };
+    let history = json!([
+        { "role": "user", "content": "a" },
+        { "role": "assistant", "content": parts("first", "b") },
+        { "role": "user", "content": "c" },
+    ]);
+    let expected = [
+        ("human", "a"),
+        ("gpt", "<think>\nfirst\n</think>\n\nb"),
+        ("human", "c"),
+        ("gpt", "<think>\nthen\n</think>\n\nd"),
+    ];
+    let line = chat(&history, &json!({ "content": parts("then", "d") }));
+    assert_eq!(turns(&line), expected);
+    let request = json!({ "model": "m", "messages": history });
+    let delta = json!({ "choices": [{ "index": 0, "delta": { "content": parts("then", "d") } }] });
+    let line = streamed(Endpoint::ChatCompletions, &request, &[delta]).remove(0);
+    assert_eq!(turns(&line), expected);
+}
+
+#[test]
 fn tools_lack_nothing_that_loaders_ask_for() {
     let request = json!({ "model": "m", "messages": [], "tools": [
         { "type": "function", "function": { "name": "a", "strict": true } },
