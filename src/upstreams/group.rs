@@ -318,14 +318,24 @@ impl Group {
     }
 
     /// Returns how many requests with a model its upstreams could work on now,
-    /// and how many more they would take; `None` if one of them has no bound.
-    pub(super) fn places_for(&self, model: &str, now: Instant) -> Option<Places> {
-        let mut places = Places { all: 0, free: 0 };
+    /// and of those that are of use to one request, how many they are and how
+    /// many are free; `None` if one of all has no bound.
+    pub(super) fn places_for(
+        &self,
+        model: &str,
+        is_useful: impl Fn(&Arc<Upstream>) -> bool,
+        now: Instant,
+    ) -> Option<Places> {
+        let mut places = Places::default();
         for upstream in &self.upstreams {
-            if upstream.serves(model) && upstream.available(model, now) {
-                let most = upstream.config.concurrent?;
-                places.all = places.all.saturating_add(most);
+            if !upstream.serves(model) || !upstream.available(model, now) {
+                continue;
+            }
+            let most = upstream.config.concurrent?;
+            places.all = places.all.saturating_add(most);
+            if is_useful(upstream) {
                 let free = most.saturating_sub(upstream.in_flight());
+                places.useful = places.useful.saturating_add(most);
                 places.free = places.free.saturating_add(free);
             }
         }

@@ -3,10 +3,10 @@
 //!
 //! Keys take turns in line ([`queue`](super::queue)), but that helps nobody who
 //! finds every place taken by one key: he waits until one of that key's requests
-//! has ended. So while other keys come, who has more than its part leaves an
-//! eighth of the places free for those who have less. What nobody has asked for
-//! in the last [`LATELY`] is anybody's, and so are all places where one key is
-//! alone.
+//! has ended. So while other keys come, who has more than its part leaves a few
+//! of the places that it could use free for those who have less: at most an
+//! eighth, so none of fewer than eight. What nobody has asked for in the last
+//! [`LATELY`] is anybody's, and so are all places where one key is alone.
 
 use std::{
     collections::HashMap,
@@ -17,10 +17,9 @@ use super::queue::Key;
 
 /// How long a key that came, or was served, counts as one that wants its part.
 const LATELY: Duration = Duration::from_secs(10);
-/// Of so many places one is kept free.
+/// Of so many places one is kept free; of fewer none is: it would be too large a
+/// part of them.
 const RESERVED_OF: u32 = 8;
-/// With fewer places none is: it would be too large a part of them.
-const PLACES_MIN: u32 = 4;
 /// A key that has less than this part of the places is never held back, however
 /// many others there are.
 const MODEST: u32 = 4;
@@ -29,10 +28,14 @@ const MODEST: u32 = 4;
 const KEYS_TIDY: usize = 64;
 const KEYS_MAX: usize = 1024;
 
-/// How many places there are for a request, and how many are free.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How many places there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Places {
+    /// For requests with a model: what keys have parts of.
     pub(super) all: u32,
+    /// Those of them that are of use to one request.
+    pub(super) useful: u32,
+    /// Those of these that are free.
     pub(super) free: u32,
 }
 
@@ -51,10 +54,7 @@ struct Held {
 impl Shares {
     /// Returns whether a key may have one more of the places that are free.
     pub(super) fn allows(&self, key: &Key, places: Places, now: Instant) -> bool {
-        let reserve = match places.all < PLACES_MIN {
-            true => 0,
-            false => places.all.div_ceil(RESERVED_OF),
-        };
+        let reserve = places.useful / RESERVED_OF;
         let own = self.keys.get(key).map_or(0, |held| held.running);
         if places.free > reserve || own < (places.all / MODEST).max(1) {
             return true;
@@ -146,6 +146,7 @@ mod tests {
             for taken in 0..most {
                 let places = Places {
                     all: self.all,
+                    useful: self.all,
                     free: self.all - self.used,
                 };
                 if places.free == 0 || !self.shares.allows(&key, places, self.now) {
@@ -196,10 +197,40 @@ mod tests {
 
     #[test]
     fn few_places_are_kept_for_nobody() {
-        let mut bench = Bench::new(3);
-        assert_eq!((bench.take("normal", 1), bench.take("greedy", 9)), (1, 2));
+        let mut bench = Bench::new(7);
+        assert_eq!((bench.take("normal", 1), bench.take("greedy", 9)), (1, 6));
         bench.give("normal", 1);
         assert_eq!(bench.take("greedy", 9), 1);
+    }
+
+    #[test]
+    fn no_more_than_an_eighth_is_kept_free() {
+        for all in 1..100 {
+            let mut bench = Bench::new(all);
+            bench.take("normal", 0);
+            let taken = bench.take("greedy", 100);
+            assert!(taken * 8 >= all * 7, "{taken} of {all}");
+            assert_eq!(taken < all, all >= 8, "{taken} of {all}");
+        }
+    }
+
+    #[test]
+    fn who_can_use_few_of_the_places_leaves_an_eighth_of_those_and_has_its_part_of_all() {
+        let mut bench = Bench::new(32);
+        bench.take("normal", 0);
+        let key = Key::Name("greedy".into());
+        assert_eq!(bench.take("greedy", 7), 7);
+        let few = |useful, free| Places {
+            all: 32,
+            useful,
+            free,
+        };
+        // A quarter of all, though it is nearly all of what is of use to it.
+        assert!(bench.shares.allows(&key, few(8, 1), bench.now));
+        bench.take("greedy", 25);
+        assert!(!bench.shares.allows(&key, few(8, 1), bench.now));
+        assert!(bench.shares.allows(&key, few(8, 2), bench.now));
+        assert!(bench.shares.allows(&key, few(7, 1), bench.now));
     }
 
     #[test]

@@ -378,7 +378,7 @@ impl Waiting {
     /// its class, and of its key.
     fn lease(self: &Arc<Self>, seeker: &Seeker, now: Instant) -> Option<Lease> {
         let mut lease = self.class_lease(seeker.class, seeker.group.places(), now)?;
-        if let Some(places) = seeker.group.places_for(&seeker.model, now) {
+        if let Some(places) = seeker.places(now) {
             // Its own is taken already.
             let free = places.free.saturating_add(1);
             let mut shares = self.shares();
@@ -453,11 +453,14 @@ impl fmt::Debug for Lease {
 
 impl Seeker {
     fn look(&self, now: Instant) -> Found {
-        if !self.may_begin(now) {
-            return Found::Busy;
-        }
-        if !self.may_have_more(now) {
-            return Found::Enough;
+        // Nothing is kept from who has nobody left to wait for.
+        if self.anybody_is_left(now) {
+            if !self.may_begin(now) {
+                return Found::Busy;
+            }
+            if !self.may_have_more(now) {
+                return Found::Enough;
+            }
         }
         let mut found = match &self.pin {
             Some(pin) => self.look_at(pin, now),
@@ -476,9 +479,23 @@ impl Seeker {
 
     /// Returns whether what is free is not kept from its key.
     fn may_have_more(&self, now: Instant) -> bool {
-        let places = self.group.places_for(&self.model, now);
+        let places = self.places(now);
         let shares = self.group.waiting.shares();
         places.is_none_or(|places| places.free == 0 || shares.allows(&self.key, places, now))
+    }
+
+    /// Returns the group's places, as far as they are bounded.
+    fn places(&self, now: Instant) -> Option<Places> {
+        let is_useful = |upstream: &Arc<Upstream>| self.is_useful(upstream);
+        self.group.places_for(&self.model, is_useful, now)
+    }
+
+    /// Returns whether it could have a slot now, or when its turn has come.
+    fn anybody_is_left(&self, now: Instant) -> bool {
+        self.useful().any(|upstream| match self.effort {
+            Effort::Sensible => upstream.available(&self.model, now),
+            Effort::Insist => !upstream.is_closed(),
+        })
     }
 
     /// Looks at another configuration of the group from now on.
@@ -532,16 +549,18 @@ impl Seeker {
 
     /// Returns the upstreams that would do.
     fn useful(&self) -> impl Iterator<Item = &Arc<Upstream>> {
-        self.group.upstreams.iter().filter(|upstream| {
-            let tried = self
-                .tried
-                .iter()
-                .any(|tried| upstream.is_same_server(tried));
-            match &self.pin {
-                Some(pin) => Arc::ptr_eq(pin, upstream),
-                None => !tried && upstream.serves(&self.model),
+        let upstreams = self.group.upstreams.iter();
+        upstreams.filter(|upstream| self.is_useful(upstream))
+    }
+
+    fn is_useful(&self, upstream: &Arc<Upstream>) -> bool {
+        match &self.pin {
+            Some(pin) => Arc::ptr_eq(pin, upstream),
+            None => {
+                let mut tried = self.tried.iter();
+                upstream.serves(&self.model) && !tried.any(|tried| upstream.is_same_server(tried))
             }
-        })
+        }
     }
 
     /// Returns whether a slot of this upstream, as any configuration has it,
@@ -806,6 +825,54 @@ mod tests {
         let only_a = place(enter_as(&group, tried(&[1]), "key"));
         drop(b);
         assert_eq!(only_a.position(), Some(1));
+    }
+
+    #[test]
+    fn nothing_that_was_tried_is_waited_for_because_it_is_kept_from_who_asks() {
+        for (class, places, taken) in [(Class::Interactive, 8, 7), (Class::Batch, 7, 6)] {
+            let two = TWO.replacen("concurrent: 1", &format!("concurrent: {places}"), 1);
+            let group = group("g", &two, &[]);
+            cool(&group.upstreams[1], 60, Instant::now());
+            drop(enter_as(&group, seeker(&group, "m"), "other"));
+            let again = |class, tried: &[usize]| {
+                let tried = tried.iter().map(|n| Arc::clone(&group.upstreams[*n]));
+                let seeker = Seeker {
+                    class,
+                    tried: tried.collect(),
+                    ..seeker(&group, "m")
+                };
+                enter_as(&group, seeker, "greedy")
+            };
+            // All that it may have; it waits for the rest.
+            let held: Vec<_> = (0..taken).map(|_| slot(again(class, &[]))).collect();
+            drop(place(again(class, &[])));
+            // Not so if it has been there, and the other is down.
+            let nobody = again(class, &[0]);
+            assert!(matches!(nobody, Entered::Nobody), "{nobody:?}");
+            assert_eq!(group.upstreams[0].in_flight(), taken);
+            drop(held);
+        }
+    }
+
+    #[test]
+    fn what_a_pin_wants_is_kept_from_it_and_not_what_others_have() {
+        let two = "{ upstreams: [
+            { name: a, url: 'http://10.0.0.1', concurrent: 8 },
+            { name: b, url: 'http://10.0.0.2', concurrent: 8 } ] }";
+        let group = group("g", two, &[]);
+        let pinned = |nth: usize| {
+            let seeker = Seeker {
+                pin: Some(Arc::clone(&group.upstreams[nth])),
+                ..seeker(&group, "m")
+            };
+            enter_as(&group, seeker, "greedy")
+        };
+        drop(enter_as(&group, seeker(&group, "m"), "other"));
+        let held: Vec<_> = (0..8).map(|_| slot(pinned(0))).collect();
+        // It has its part of the group: of this one too, one is left free.
+        let more: Vec<_> = (0..7).map(|_| slot(pinned(1))).collect();
+        drop(place(pinned(1)));
+        drop((held, more));
     }
 
     #[test]
