@@ -44,11 +44,14 @@ pub(super) struct Watch {
     header_since: Option<u64>,
     /// Whether the frame under way ends that header.
     header_ends: bool,
+    /// The stream of that header.
+    header_of: u32,
     /// Whether a whole header has come.
     has_asked: bool,
     streams: Streams,
-    /// Whether the place was told last that a request is under way.
-    works: bool,
+    /// What the place was told last that it waits for; `None`: a request is under
+    /// way.
+    awaits: Option<Awaits>,
     purse: u64,
     paid_at: Instant,
 }
@@ -65,9 +68,10 @@ impl Watch {
             outgoing: Frames::default(),
             header_since: None,
             header_ends: false,
+            header_of: 0,
             has_asked: false,
             streams: Streams::default(),
-            works: false,
+            awaits: Some(Awaits::Request),
             purse: PURSE,
             paid_at: now,
         }
@@ -83,23 +87,26 @@ impl Watch {
             incoming,
             header_since,
             header_ends,
+            header_of,
             has_asked,
             streams,
             ..
         } = self;
-        let mut header_is_in = |header_since: &mut Option<u64>, header_ends: &mut bool| {
-            if std::mem::take(header_ends) {
-                *header_since = None;
-                *has_asked = true;
-            }
-        };
+        let mut header_is_in =
+            |since: &mut Option<u64>, ends: &mut bool, of: u32, streams: &mut Streams| {
+                if std::mem::take(ends) {
+                    *since = None;
+                    *has_asked = true;
+                    streams.begin(of);
+                }
+            };
         incoming.follow(bytes, |frame| {
-            header_is_in(header_since, header_ends);
+            header_is_in(header_since, header_ends, *header_of, streams);
             price += match frame.kind {
                 HEADERS | CONTINUATION => {
                     header_since.get_or_insert(frame.number);
                     *header_ends = frame.flags & END_HEADERS != 0;
-                    streams.begin(frame.stream);
+                    *header_of = frame.stream;
                     1
                 }
                 RST_STREAM => {
@@ -112,7 +119,7 @@ impl Watch {
             };
         });
         if incoming.inside() == Inside::None {
-            header_is_in(header_since, header_ends);
+            header_is_in(header_since, header_ends, *header_of, streams);
         }
         let waited = now.saturating_duration_since(self.paid_at).as_millis();
         let income = u64::try_from(waited).unwrap_or(u64::MAX) / 10 * (INCOME_PER_SECOND / 100);
@@ -158,15 +165,19 @@ impl Watch {
         wrote
     }
 
-    /// Notes at the connection's place whether a request is under way, if that
-    /// has changed.
+    /// Notes at the connection's place whether a request is under way, or what it
+    /// waits for, if that has changed.
     pub(super) fn note(&mut self, place: &Place) {
-        let works = !self.streams.open.is_empty();
-        if works != self.works {
-            self.works = works;
-            match works {
-                true => place.works(),
-                false => place.awaits(Awaits::Request, Instant::now()),
+        let awaits = match self.header_since {
+            _ if !self.streams.open.is_empty() => None,
+            Some(_) => Some(Awaits::Header),
+            None => Some(Awaits::Request),
+        };
+        if awaits != self.awaits {
+            self.awaits = awaits;
+            match awaits {
+                None => place.works(),
+                Some(what) => place.awaits(what, Instant::now()),
             }
         }
     }
@@ -306,7 +317,7 @@ impl Frames {
 mod tests {
     use std::time::Duration;
 
-    use super::*;
+    use super::{super::places::Places, *};
 
     fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
@@ -440,10 +451,49 @@ mod tests {
             watch.wrote(&out.concat());
             assert_eq!(watch.streams.open.len(), open, "{:?}", watch.streams);
         }
+        // Half a header is none, however many pieces it comes in.
+        watch.read(&on(5, HEADERS, 0), now).unwrap();
+        watch.read(&on(5, CONTINUATION, 0), now).unwrap();
+        assert!(watch.streams.open.is_empty());
+        let end = on(5, CONTINUATION, END_HEADERS);
+        watch.read(&end[..9], now).unwrap();
+        assert!(watch.streams.open.is_empty());
+        watch.read(&end[9..], now).unwrap();
+        assert_eq!(watch.streams.open, [5]);
         for stream in 2..2000 {
             watch.streams.begin(stream);
         }
         assert_eq!(watch.streams.open.len(), Streams::MOST);
+    }
+
+    #[test]
+    fn half_a_header_makes_room_and_a_whole_one_does_not() {
+        let now = Instant::now();
+        let on = |stream: u8, kind, flags| {
+            let mut frame = frame(kind, flags, b"x");
+            frame[8] = stream;
+            frame
+        };
+        let whole = on(1, HEADERS, END_HEADERS | END_STREAM);
+        let (half, rest) = (on(3, HEADERS, 0), on(3, CONTINUATION, END_HEADERS));
+        for (sent, makes_room) in [
+            (vec![], true),
+            (vec![&half], true),
+            (vec![&half, &rest], false),
+            (vec![&whole], false),
+            // Half a header beside a request that is under way.
+            (vec![&whole, &half], false),
+        ] {
+            let place = Places::place(now, now);
+            let mut places = Places::default();
+            places.add(1, &place);
+            let mut watch = Watch::new(now);
+            for frame in &sent {
+                watch.read(frame, now).unwrap();
+                watch.note(&place);
+            }
+            assert_eq!(places.make_room(now), makes_room, "{sent:?}");
+        }
     }
 
     #[test]

@@ -330,6 +330,34 @@ async fn a_connection_owes_its_header_in_time_under_http_2_too() {
 }
 
 #[tokio::test]
+async fn half_a_header_under_http_2_keeps_nobody_out() {
+    let sim = sim("gpu-1").await;
+    let limits = "limits: { connections: 1, header_timeout: 60s }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", one_group(&[&sim]))).await;
+    for (asks_first, ended) in [(false, 1.0), (true, 2.0)] {
+        gateway
+            .metric_becomes("forebay_client_connections", 0.0)
+            .await;
+        let mut half = Frames::open(gateway.addr, &[]).await;
+        if asks_first {
+            half.send(&chat_on(1, &chat("demo"))).await;
+            assert!(half.answer().await);
+        }
+        // Read together: once the ping is answered, the rest is known too.
+        let ping = frame(PING, 0, 0, &[0; 8]);
+        half.send(&[ping, frame(HEADERS, 0, 3, &block(&CHAT))].concat())
+            .await;
+        while half.next().await.expect("it is open").kind != PING {}
+        let mut newcomer = Frames::open(gateway.addr, &[]).await;
+        newcomer.send(&chat_on(1, &chat("demo"))).await;
+        assert!(newcomer.answer().await, "asked first: {asks_first}");
+        half.ended().await;
+        let hits = gateway.metric(&hits("idle_connections")).await;
+        assert_eq!(hits, Some(ended));
+    }
+}
+
+#[tokio::test]
 async fn a_dribble_of_header_bytes_is_cut_under_http_2() {
     let sim = sim("gpu-1").await;
     let limits = "limits: { header_timeout: 500ms }\n";
