@@ -104,7 +104,7 @@ pub(super) struct Exchange<'a> {
     /// The memory of its body, and of what is asked for in its place.
     pub(super) memory: &'a mut Memory,
     /// What the last try took for the next.
-    reserved: Option<Reserved>,
+    pub(super) reserved: Option<Reserved>,
     /// Whether the groups behind this one come next.
     onward: bool,
 }

@@ -7,9 +7,10 @@
 //! **Invariants:**
 //! - Nobody gives up an upstream from which a byte came since the first of the
 //!   bad checks: a server that has much to do answers checks late, and answers.
-//! - Nobody gives up an upstream before there is a place elsewhere: who has to
+//! - Nobody gives up an upstream before he has a place elsewhere: who has to
 //!   wait in line for one goes on listening meanwhile, and where there is nobody
-//!   else, waiting is all there is to do.
+//!   else, waiting is all there is to do. The rest of an answer stands in no line:
+//!   it looks again until somebody who is known to go on is free.
 
 use std::{
     future::pending,
@@ -22,7 +23,7 @@ use tokio::{sync::watch, time::sleep};
 use super::{
     admission::key,
     attempt::Attempt,
-    takeover::{Told, goes_on},
+    takeover::{Told, goes_on, is_known_to_go_on},
     verdict::{Failure, Hint},
 };
 use crate::{
@@ -34,7 +35,9 @@ use crate::{
         continuation::{Ask, Rest},
     },
     routes::{Plan, Step},
-    upstreams::{self, Effort, Entered, Group, Place, Rules, Seeker, Slot, Upstream, budget::Pass},
+    upstreams::{
+        self, Effort, Entered, Group, Pick, Place, Rules, Seeker, Slot, Upstream, budget::Pass,
+    },
 };
 
 /// How often who waits for a frozen upstream looks whether it can go elsewhere.
@@ -86,10 +89,10 @@ impl Reserved {
 /// Where who gives up a frozen upstream goes.
 #[derive(Debug)]
 pub(super) enum Way {
-    /// There, with the same request.
+    /// There: with the same request, or for the rest of the answer.
     To(Reserved),
-    /// To somebody who goes on with the answer; there is one.
-    GoesOn,
+    /// To its end: nothing is missing of the answer but that.
+    Ends,
 }
 
 /// What a look for a way comes to.
@@ -205,16 +208,13 @@ impl Attempt<'_> {
         if self.elsewhere.plan.pin.is_some() {
             return Found::Nothing;
         }
-        let goes_on = match stage {
+        let way = match stage {
             Stage::Nothing if now < self.deadline => return self.way_of_request(now),
-            Stage::Rest(ask) => now < self.deadline && self.others_go_on(ask, now),
-            Stage::Begun(told) => now < told.ends && self.others_take_over(told, now),
-            Stage::Nothing => false,
+            Stage::Rest(ask) if now < self.deadline => self.way_of_rest(ask, now),
+            Stage::Begun(told) if now < told.ends => self.way_of_begun(told, now),
+            Stage::Nothing | Stage::Rest(_) | Stage::Begun(_) => None,
         };
-        match goes_on {
-            true => Found::Way(Way::GoesOn),
-            false => Found::Nothing,
-        }
+        way.map_or(Found::Nothing, Found::Way)
     }
 
     /// Takes a place for the same request where the plan goes on.
@@ -291,30 +291,59 @@ impl Attempt<'_> {
         }
     }
 
-    /// Returns whether somebody who was not asked may go on with an answer.
-    fn others_go_on(&self, ask: &Ask, now: Instant) -> bool {
-        self.others(now)
-            .any(|other| !is_in(self.elsewhere.tried, other) && goes_on(other, ask))
+    /// Takes a place at somebody who was not asked for the rest of an answer.
+    fn way_of_rest(&self, ask: &Ask, now: Instant) -> Option<Way> {
+        let is_fit =
+            |other: &Arc<Upstream>| !is_in(self.elsewhere.tried, other) && goes_on(other, ask);
+        self.take(is_fit, now).map(Way::To)
     }
 
-    /// Returns whether somebody may go on with what this upstream has begun.
-    fn others_take_over(&self, told: &Told, now: Instant) -> bool {
-        // Cheap questions first: the rest is a request of its own.
+    /// Takes a place at somebody for the rest of what this upstream has begun.
+    fn way_of_begun(&self, told: &Told, now: Instant) -> Option<Way> {
+        // Cheap questions first, every time: the rest is a request of its own.
+        let others = || self.others(now);
         if !self.step.group.config.takeover
             || self.ctx.takeovers >= self.limits.takeovers
             || told.partial.obstacle().is_some()
-            || self.others(now).next().is_none()
+            || others().next().is_none()
         {
-            return false;
+            return None;
         }
-        let Some(request) = self.ctx.request.as_ref() else {
-            return false;
-        };
+        let request = self.ctx.request.as_ref()?;
+        let knows = |other: &Arc<Upstream>| is_known_to_go_on(other, request.endpoint);
+        if told.partial.needs_one_who_knows(request) && !others().any(knows) {
+            return None;
+        }
         match told.partial.ask(request) {
-            Err(_obstacle) => false,
-            Ok(Rest::Nothing) => true,
-            Ok(Rest::Ask(ask)) => self.others(now).any(|other| goes_on(other, &ask)),
+            Err(_obstacle) => None,
+            Ok(Rest::Nothing) => Some(Way::Ends),
+            Ok(Rest::Ask(ask)) => {
+                let is_fit = |other: &Arc<Upstream>| goes_on(other, &ask);
+                self.take(is_fit, now).map(Way::To)
+            }
         }
+    }
+
+    /// Takes a place past the lines at another upstream, in the order of the plan:
+    /// half an answer is worth more than a place in line.
+    fn take(&self, is_fit: impl Fn(&Arc<Upstream>) -> bool, now: Instant) -> Option<Reserved> {
+        self.elsewhere.plan.steps.iter().find_map(|step| {
+            let group = Arc::clone(&step.group);
+            let is_out =
+                |other: &&Arc<Upstream>| Arc::ptr_eq(other, self.upstream) || !is_fit(other);
+            let out: Vec<_> = group.upstreams.iter().filter(is_out).cloned().collect();
+            let picked = group.pick(&step.model, &out, self.elsewhere.affinity, now);
+            let Pick::Chosen(mut slot) = picked else {
+                return None;
+            };
+            let class = self.ctx.restrict.class;
+            let is_admitted = group.waiting.admits(&mut slot, class, group.places());
+            is_admitted.then_some(Reserved {
+                pass: None,
+                group,
+                slot,
+            })
+        })
     }
 
     /// Returns all others that are free.

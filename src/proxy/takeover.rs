@@ -30,7 +30,7 @@ use crate::{
     context::{Ending, RequestContext, Verdict},
     error::Error,
     openai::{
-        ApiRequest,
+        ApiRequest, Endpoint,
         continuation::{Ask, Obstacle, Partial, Rest},
         error_event,
     },
@@ -172,6 +172,12 @@ impl Exchange<'_> {
         told.from = Arc::clone(&round.died.name);
         let patience = Instant::now() + self.limits.total_timeout.get();
         self.deadline = told.ends.min(patience);
+        if let Some((step, slot)) = self.reserved_in(plan) {
+            told = match self.ask_one(step, slot, told, &mut round, client).await? {
+                Ok(asked) => return Ok(asked),
+                Err(told) => told,
+            };
+        }
         loop {
             told = match self.ask_fresh(told, &mut round, client).await? {
                 Ok(asked) => return Ok(asked),
@@ -274,8 +280,36 @@ impl Exchange<'_> {
         Ok(Err(told))
     }
 
-    /// Asks one upstream for the rest. `Ok(Err(told))`: it has not begun it.
+    /// Returns what whoever gave up a frozen upstream has taken for the next try.
+    fn reserved_in<'p>(&mut self, plan: &'p Plan) -> Option<(&'p Step, Slot)> {
+        let reserved = self.reserved.take()?;
+        let mut steps = plan.steps.iter();
+        let step = steps.find(|step| reserved.is_in(&step.group))?;
+        Some((step, reserved.slot))
+    }
+
+    /// Asks one upstream for the rest; if it freezes, another whose place was
+    /// taken before it was given up. `Ok(Err(told))`: nobody of them has begun it.
     async fn ask_one(
+        &mut self,
+        step: &Step,
+        slot: Slot,
+        mut told: Box<Told>,
+        round: &mut Round<'_>,
+        client: &mut Client<'_>,
+    ) -> Result<Result<Asked, Box<Told>>, Left> {
+        let mut next = Some((step, slot));
+        while let Some((step, slot)) = next {
+            told = match self.ask_this(step, slot, told, round, client).await? {
+                Ok(asked) => return Ok(Ok(asked)),
+                Err(told) => told,
+            };
+            next = self.reserved_in(round.plan);
+        }
+        Ok(Err(told))
+    }
+
+    async fn ask_this(
         &mut self,
         step: &Step,
         slot: Slot,
@@ -433,10 +467,16 @@ pub(super) fn may_go_on(upstream: &Upstream, ask: &Ask) -> bool {
     !ask.continues || upstream.continues(ask.request.endpoint) != Continues::No
 }
 
-/// Returns whether it is known of an upstream that it goes on.
+/// Returns whether it is known of an upstream that it goes on, if that is needed.
 pub(super) fn goes_on(upstream: &Upstream, ask: &Ask) -> bool {
-    let continues = upstream.continues(ask.request.endpoint);
-    !ask.continues || matches!(continues, Continues::Yes | Continues::Learned)
+    !ask.continues || is_known_to_go_on(upstream, ask.request.endpoint)
+}
+
+/// Returns whether it is known of an upstream that it goes on with an answer of
+/// this endpoint.
+pub(super) fn is_known_to_go_on(upstream: &Upstream, endpoint: Endpoint) -> bool {
+    let continues = upstream.continues(endpoint);
+    matches!(continues, Continues::Yes | Continues::Learned)
 }
 
 /// The error event of an answer that broke off.

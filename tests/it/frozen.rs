@@ -213,6 +213,52 @@ async fn all_who_wait_for_a_server_that_freezes_are_helped() {
 }
 
 #[tokio::test]
+async fn of_streams_that_freeze_no_more_leave_than_have_a_place_elsewhere() {
+    const CLIENTS: usize = 12;
+    let (frozen, good) = (Process::start("frozen", &[]), sim("good").await);
+    frozen.fault("gap=100ms;tokens=60").await;
+    good.fault("stall_at=5").await.unwrap();
+    let first = group(
+        &[CHECK],
+        &[frozen.upstream("kind: vllm, timeouts: { inter_token: 20m }")],
+    );
+    let (groups, _) = first.split_once("routes:").unwrap();
+    let behind = [upstream_at(
+        "good",
+        &good.url(),
+        "kind: vllm, concurrent: 1",
+    )];
+    let yaml = format!(
+        "{groups}{}routes:\n  - {{ model: \"*\", groups: [gpus, behind] }}\n",
+        group_of("behind", "", &behind)
+    );
+    let gateway = Gateway::start(&yaml).await;
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        clients.push(asking(&gateway, &chat_stream("demo")).await);
+    }
+    for client in &mut clients {
+        client.read_until("\"content\":\"frozen").await;
+    }
+    frozen.freeze();
+    let goes_on = r#"forebay_takeovers_total{from="frozen",result="continued",to="good"}"#;
+    gateway.metric_becomes(goes_on, 1.0).await;
+    let silent = r#"forebay_health_checks_total{result="silent",upstream="frozen"}"#;
+    eventually("it has been silent for long", || async {
+        gateway.metric(silent).await >= Some(8.0)
+    })
+    .await;
+    let cut = r#"forebay_attempts_total{group="gpus",upstream="frozen",verdict="cut"}"#;
+    assert_eq!(gateway.metric(cut).await, Some(1.0));
+    // The others kept what they had, and get the rest of it.
+    frozen.thaw();
+    gateway
+        .metric_becomes("forebay_requests_in_flight", 1.0)
+        .await;
+    assert_eq!(gateway.metric(cut).await, Some(1.0));
+}
+
+#[tokio::test]
 async fn who_has_nowhere_else_to_go_waits_and_is_answered_when_it_thaws() {
     for (keys, other) in [
         (vec![CHECK], None),

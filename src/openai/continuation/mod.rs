@@ -241,6 +241,13 @@ impl Partial {
         (usage.total_tokens > 0).then_some(usage)
     }
 
+    /// Returns whether only a server that knows how to go on can be asked for the
+    /// rest, as far as that is known without making that request: `false` if
+    /// there may be no rest, or nothing to go on from. `request` is the client's.
+    pub fn needs_one_who_knows(&self, request: &ApiRequest) -> bool {
+        !is_blank(&self.text) && self.remaining_bounds(request, 0).is_some()
+    }
+
     /// Returns how the rest is asked for. `request` is the client's.
     ///
     /// # Errors

@@ -94,6 +94,26 @@ fn read_on(sequel: &mut Sequel, texts: &[&str]) -> String {
 }
 
 #[test]
+fn who_must_know_how_to_go_on_is_known_before_the_rest_is_asked_for() {
+    for (request, texts, needed) in [
+        (chat(""), &["Once", " upon"][..], true),
+        (chat(r#""max_tokens":3,"#), &["Once", " upon"], true),
+        (completion(""), &["Once"], true),
+        // Nothing to go on from: anybody may begin.
+        (chat(""), &[], false),
+        (chat(""), &[" ", "\n"], false),
+        // All its tokens are there: nobody is needed.
+        (chat(r#""max_tokens":2,"#), &["Once", " upon"], false),
+    ] {
+        let partial = delivered(&request, texts);
+        assert_eq!(partial.needs_one_who_knows(&request), needed, "{texts:?}");
+        let asked = partial.ask(&request).unwrap();
+        let does = matches!(&asked, Rest::Ask(ask) if ask.continues);
+        assert_eq!(does, needed, "{texts:?}");
+    }
+}
+
+#[test]
 fn the_partial_is_put_behind_the_messages_and_no_other_byte_changes() {
     let request = chat("");
     let ask = ask_of(&delivered(&request, &["Hel", "lo \"you\"", "\n"]), &request);
