@@ -3,64 +3,31 @@
 //! pipelines. Each has a number in its bytes; the upstream's byte log tells what
 //! became of it.
 
-use tokio::task::JoinSet;
+use crate::support::{
+    Connection, Gateway, chat, one_group,
+    payloads::{
+        CHAT,
+        Fate::{self, Either, Meant, Refused},
+        Payloads, is_unharmed, send_all,
+    },
+    sim,
+};
 
-use crate::support::{Connection, Gateway, chat, http::post_chat, one_group, sim};
-
-const CHAT: &str = "/v1/chat/completions";
-
-/// What may become of a payload.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Fate {
-    /// No byte to the upstream; an error or nothing to the client.
-    Refused,
-    /// Exactly one request to the upstream, one 200 to the client.
-    Meant,
-    /// One of the two.
-    Either,
+/// Adds a request with this line and these fields, its length, and its body; the
+/// connection ends with it.
+fn request(all: &mut Payloads, fate: Fate, line: &[u8], fields: &[u8]) {
+    let body = all.meant();
+    let length = format!(
+        "content-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    let bytes = [line, b"\r\n", fields, length.as_bytes(), body.as_bytes()].concat();
+    let name = format!("{} | {}", line.escape_ascii(), fields.escape_ascii());
+    all.raw(fate, name.chars().take(120).collect::<String>(), &bytes);
 }
 
-use Fate::{Either, Meant, Refused};
-
-struct Payload {
-    name: String,
-    bytes: Vec<u8>,
-    fate: Fate,
-}
-
-#[derive(Default)]
-struct Payloads(Vec<Payload>);
-
-impl Payloads {
-    fn body(&self, word: &str) -> String {
-        let number = self.0.len();
-        format!(r#"{{"model":"demo","messages":[{{"role":"user","content":"{word}-{number}."}}]}}"#)
-    }
-
-    fn hidden(&self) -> String {
-        let body = self.body("hidden");
-        let length = body.len();
-        format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n{body}")
-    }
-
-    fn raw(&mut self, fate: Fate, name: impl Into<String>, bytes: &[u8]) {
-        let name = format!("{} ({})", name.into(), self.0.len());
-        let bytes = bytes.to_vec();
-        self.0.push(Payload { name, bytes, fate });
-    }
-
-    /// A request with this line and these fields, its length, and its body; the
-    /// connection ends with it.
-    fn request(&mut self, fate: Fate, line: &[u8], fields: &[u8]) {
-        let body = self.body("meant");
-        let length = format!(
-            "content-length: {}\r\nconnection: close\r\n\r\n",
-            body.len()
-        );
-        let bytes = [line, b"\r\n", fields, length.as_bytes(), body.as_bytes()].concat();
-        let name = format!("{} | {}", line.escape_ascii(), fields.escape_ascii());
-        self.raw(fate, name.chars().take(120).collect::<String>(), &bytes);
-    }
+fn hidden(all: &Payloads) -> String {
+    String::from_utf8(all.hidden()).unwrap()
 }
 
 const LINE: &[u8] = b"POST /v1/chat/completions HTTP/1.1";
@@ -86,39 +53,40 @@ fn versions(all: &mut Payloads) {
         "ICY",
         "HTTP/1.1 HTTP/1.1",
     ] {
-        all.request(
+        request(
+            all,
             Refused,
             format!("POST {CHAT} {version}").as_bytes(),
             b"host: a\r\n",
         );
     }
     // HTTP/1.0 without a length has no body; what follows is nothing.
-    let body = all.body("meant");
+    let body = all.meant();
     let bytes = format!("POST {CHAT} HTTP/1.0\r\nhost: a\r\n\r\n{body}");
     all.raw(Refused, "HTTP/1.0 without a length", bytes.as_bytes());
-    let bytes = format!("POST {CHAT}\r\n\r\n{}", all.hidden());
+    let bytes = format!("POST {CHAT}\r\n\r\n{}", hidden(all));
     all.raw(Refused, "HTTP/0.9", bytes.as_bytes());
     let keep = b"host: a\r\nconnection: keep-alive\r\n";
-    all.request(Meant, format!("POST {CHAT} HTTP/1.0").as_bytes(), keep);
+    request(all, Meant, format!("POST {CHAT} HTTP/1.0").as_bytes(), keep);
 }
 
 fn line_ends(all: &mut Payloads) {
     // Empty lines before a request are passed over (RFC 9112 §2.2).
-    let request = |all: &Payloads, before: &[u8], after: &str| {
-        let body = all.body("meant");
+    let framed = |all: &Payloads, before: &[u8], after: &str| {
+        let body = all.meant();
         let head = format!(
             "POST {CHAT} HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
         [before, head.as_bytes(), after.as_bytes()].concat()
     };
-    let bytes = request(all, b"\r\n", "");
+    let bytes = framed(all, b"\r\n", "");
     all.raw(Meant, "one empty line before", &bytes);
     for (name, before) in [
         ("1000 empty lines before", b"\r\n".repeat(1000)),
         ("line feeds before", b"\n\n\n".to_vec()),
     ] {
-        let bytes = request(all, &before, "");
+        let bytes = framed(all, &before, "");
         all.raw(Either, name, &bytes);
     }
     for (name, before) in [
@@ -131,7 +99,7 @@ fn line_ends(all: &mut Payloads) {
         ("a proxy line before", b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n"),
         ("a line of words before", b"hello there\r\n"),
     ] {
-        let bytes = request(all, before, "");
+        let bytes = framed(all, before, "");
         all.raw(Refused, name, &bytes);
     }
     for (name, from, to) in [
@@ -160,12 +128,12 @@ fn line_ends(all: &mut Payloads) {
         ("the end by carriage returns", "\r\n\r\n", "\r\r"),
         ("line feed, carriage return", "host: a\r\n", "host: a\n\r"),
     ] {
-        let bytes = request(all, b"", "");
+        let bytes = framed(all, b"", "");
         let text = String::from_utf8(bytes).unwrap().replacen(from, to, 1);
         all.raw(Refused, name, text.as_bytes());
     }
-    let hidden = all.hidden();
-    let bytes = request(all, b"", &hidden);
+    let hidden = hidden(all);
+    let bytes = framed(all, b"", &hidden);
     all.raw(Meant, "a request behind the last", &bytes);
 }
 
@@ -216,7 +184,7 @@ fn fields(all: &mut Payloads) {
         &many,
         &value,
     ] {
-        all.request(Refused, LINE, &[b"host: a\r\n", field].concat());
+        request(all, Refused, LINE, &[b"host: a\r\n", field].concat());
     }
     for field in [
         b"x: \xc3\xa9\r\n".as_slice(),
@@ -235,7 +203,7 @@ fn fields(all: &mut Payloads) {
         b"te: trailers\r\n",
         b"trailer: authorization\r\n",
     ] {
-        all.request(Meant, LINE, &[b"host: a\r\n", field].concat());
+        request(all, Meant, LINE, &[b"host: a\r\n", field].concat());
     }
     for host in [
         b"".as_slice(),
@@ -253,7 +221,7 @@ fn fields(all: &mut Payloads) {
         b"host: a\r\nhost: a\r\n",
         b"host: \xff\r\n",
     ] {
-        all.request(Refused, LINE, host);
+        request(all, Refused, LINE, host);
     }
 }
 
@@ -288,13 +256,15 @@ fn targets(all: &mut Payloads) {
         "/v1/chat/completions\u{2028}",
         "?",
     ] {
-        all.request(
+        request(
+            all,
             Refused,
             format!("POST {target} HTTP/1.1").as_bytes(),
             b"host: a\r\n",
         );
     }
-    all.request(
+    request(
+        all,
         Meant,
         format!("POST {CHAT}?x=y HTTP/1.1").as_bytes(),
         b"host: a\r\n",
@@ -317,7 +287,8 @@ fn targets(all: &mut Payloads) {
         "POSTT",
         "\"POST\"",
     ] {
-        all.request(
+        request(
+            all,
             Refused,
             format!("{method} {CHAT} HTTP/1.1").as_bytes(),
             b"host: a\r\n",
@@ -325,7 +296,7 @@ fn targets(all: &mut Payloads) {
     }
     // A body where none is expected is never the next request.
     for path in ["/livez", "/v1/models", "/"] {
-        let hidden = all.hidden();
+        let hidden = hidden(all);
         let bytes = format!(
             "GET {path} HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{hidden}",
             hidden.len()
@@ -348,59 +319,24 @@ async fn no_malformed_request_gets_further_than_it_should() {
     for add in [versions, line_ends, fields, targets] {
         add(&mut all);
     }
-    let count = all.0.len();
+    let count = all.len();
     assert!(count >= 140, "{count}");
-    let mut running = JoinSet::new();
-    let mut payloads = all.0.into_iter().enumerate();
     let (mut wrong, mut meant_to_come) = (Vec::new(), 0);
-    loop {
-        // Some at a time: who leaves a connection waiting takes until a timeout.
-        while running.len() < 40
-            && let Some((number, payload)) = payloads.next()
-        {
-            running.spawn(async move {
-                let mut connection = Connection::open(addr).await;
-                connection.try_send(&payload.bytes).await;
-                let said = connection.rest().await;
-                (number, payload, String::from_utf8_lossy(&said).into_owned())
-            });
-        }
-        let Some(done) = running.join_next().await else {
-            break;
-        };
-        let (number, payload, said) = done.unwrap();
-        let final_answers = said
-            .split("HTTP/1.1 ")
-            .skip(1)
-            .filter(|answer| !answer.starts_with("100"))
-            .collect::<Vec<_>>();
-        let (meant, hidden) = (format!("meant-{number}."), format!("hidden-{number}."));
-        let records = sim.records();
-        let raw = records.iter().map(|record| record.raw());
-        let raw: Vec<_> = raw
-            .map(|raw| String::from_utf8_lossy(&raw).into_owned())
-            .collect();
-        let upstream = raw.iter().filter(|raw| raw.contains(&meant)).count();
-        let leaked = raw.iter().any(|raw| raw.contains(&hidden));
-        let is_local = payload.name.starts_with("GET /");
-        let served = final_answers
+    for outcome in send_all(addr, &sim, all).await {
+        let answers = outcome.answers();
+        let is_local = outcome.name.starts_with("GET /");
+        let served = answers
             .first()
             .is_some_and(|answer| answer.starts_with("200"));
-        let good = match payload.fate {
-            Refused => upstream == 0 && (is_local || !served),
-            Meant => upstream == 1 && served && final_answers.len() == 1,
-            Either => upstream == usize::from(served) && final_answers.len() <= 1,
+        let good = match outcome.fate {
+            Refused => outcome.meant == 0 && (is_local || !served),
+            Meant => outcome.meant == 1 && served && answers.len() == 1,
+            Either => outcome.meant == usize::from(served) && answers.len() <= 1,
         };
-        let sane = final_answers
-            .iter()
-            .all(|answer| answer.starts_with("200") || answer.starts_with('4'));
-        if !good || leaked || !sane {
-            let name = payload.name;
-            wrong.push(format!(
-                "{name}: upstream={upstream} hidden={leaked} {said:?}"
-            ));
+        meant_to_come += outcome.meant;
+        if !good || outcome.hidden || !outcome.is_sane() {
+            wrong.push(outcome.to_string());
         }
-        meant_to_come += upstream;
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let records = sim.records();
@@ -419,11 +355,7 @@ async fn no_malformed_request_gets_further_than_it_should() {
         assert_eq!(head.matches('\n').count(), head.matches("\r\n").count());
         assert!(head.is_ascii(), "{head:?}");
     }
-    gateway
-        .metric_becomes("forebay_requests_in_flight", 0.0)
-        .await;
-    assert_eq!(gateway.metric("forebay_panics_total").await, Some(0.0));
-    assert_eq!(post_chat(addr, &chat("demo")).await.status, 200);
+    is_unharmed(&gateway).await;
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ pub mod frames;
 pub mod gateway;
 pub mod http;
 pub mod keys;
+pub mod payloads;
 pub mod scripted;
 
 pub use gateway::Gateway;
