@@ -10,7 +10,7 @@ use crate::support::{
     http::{build, post, post_chat},
     keys::{bearer, keys},
     one_group,
-    scripted::json as answered,
+    scripted::{answer, json as answered},
     sim, upstream_at,
 };
 
@@ -371,6 +371,62 @@ async fn a_whole_answer_is_cut_where_it_is_denied() {
         (said.as_str(), finishes),
         ("the ", vec!["content_filter".to_owned()])
     );
+}
+
+#[tokio::test]
+async fn every_choice_of_a_denied_stream_ends_and_so_does_a_response() {
+    let chat_events = [
+        json!({ "id": "x", "choices": [{ "index": 1, "delta": { "content": "fine" } }] }),
+        json!({ "id": "x", "choices": [{ "index": 0, "delta": { "reasoning_content": "the codes" } }] }),
+        json!({ "id": "x", "choices": [{ "index": 0, "delta": { "content": "never" } }] }),
+    ];
+    let delta = |text: &str| json!({ "type": "response.output_text.delta", "item_id": "i", "output_index": 0, "content_index": 0, "delta": text });
+    let response_events = [
+        json!({ "type": "response.created", "response": { "id": "r", "object": "response", "status": "in_progress", "output": [] } }),
+        delta("it is the co"),
+        delta("des, never"),
+    ];
+    let streamed = |events: &[Value]| {
+        let data: Vec<String> = events
+            .iter()
+            .map(|event| format!("data: {event}\n\n"))
+            .collect();
+        answer(
+            200,
+            &[("content-type", "text/event-stream")],
+            &data.concat(),
+        )
+    };
+    let upstream = Scripted::by_target(&[
+        ("/v1/chat", streamed(&chat_events)),
+        ("/v1/responses", streamed(&response_events)),
+    ])
+    .await;
+    let settings = "{ output: [{ deny: [codes] }] }";
+    let gateway = Gateway::start(&with_policy(settings, &one_upstream(&upstream.url()))).await;
+    let chat = say(&gateway, user("hi"), json!({ "stream": true, "n": 2 })).await;
+    let (said, finishes) = told(&chat);
+    assert_eq!(said, "fine", "{}", chat.text());
+    assert_eq!(finishes, ["content_filter", "content_filter"]);
+    assert!(chat.text().contains("the ") && !chat.text().contains("never"));
+    assert_eq!(chat.events().last().unwrap(), "[DONE]");
+
+    let body = br#"{"model":"m","input":"hi","stream":true}"#;
+    let answer = post(gateway.addr, "/v1/responses", &[], body).await;
+    let events = answer.events();
+    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+    assert_eq!(last["type"], "response.incomplete", "{}", answer.text());
+    assert_eq!(last["response"]["id"], "r");
+    assert_eq!(
+        last["response"]["incomplete_details"]["reason"],
+        "content_filter"
+    );
+    assert_eq!(
+        last["response"]["output"][0]["content"][0]["text"],
+        "it is the "
+    );
+    assert!(!answer.text().contains("never") && !answer.text().contains("[DONE]"));
+    assert!(answer.text().contains("event: response.incomplete\ndata: "));
 }
 
 #[tokio::test]

@@ -354,7 +354,7 @@ fn prompt_rule(
         config.with,
     )?;
     Ok(PromptRule::Texts {
-        rule,
+        rule: Box::new(rule),
         roles: config.roles,
         refusal: Refusal {
             status,

@@ -62,7 +62,7 @@ impl Parameters {
                     return Err(wrong(format!("{section}.{name}"), message));
                 }
                 let positive = TOKEN_KEYS.contains(&name.as_str()) || name == "n";
-                if positive && !value.as_u64().is_some_and(|value| value > 0) {
+                if positive && value.as_u64().is_none_or(|value| value == 0) {
                     let message = "expected a whole number above 0";
                     return Err(wrong(format!("{section}.{name}"), message));
                 }

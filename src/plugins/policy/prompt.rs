@@ -23,7 +23,7 @@ use crate::{
 pub(super) enum PromptRule {
     /// Looks at texts.
     Texts {
-        rule: Rule,
+        rule: Box<Rule>,
         roles: Vec<Role>,
         refusal: Refusal,
     },

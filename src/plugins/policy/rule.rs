@@ -183,7 +183,9 @@ mod tests {
                     if !cut.iter().all(|&at| text.is_char_boundary(at)) {
                         continue;
                     }
-                    let pieces = [&text[..first], &text[first..second], &text[second..]];
+                    let (before, end) = text.split_at(second);
+                    let (begin, middle) = before.split_at(first);
+                    let pieces = [begin, middle, end];
                     assert_eq!(run(rule, &pieces, 64), whole, "{pieces:?}");
                 }
             }

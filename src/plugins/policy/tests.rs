@@ -106,10 +106,11 @@ fn a_stream_cut_anywhere_becomes_the_same() {
     .unwrap();
     let text = "a secret12! and a secre ż secret";
     for cut in (0..=text.len()).filter(|&at| text.is_char_boundary(at)) {
+        let (before, after) = text.split_at(cut);
         let events = [
             delta(0, json!({ "role": "assistant", "content": "" }), None),
-            said(0, &text[..cut]),
-            said(0, &text[cut..]),
+            said(0, before),
+            said(0, after),
             delta(0, json!({}), Some("stop")),
             "[DONE]".to_owned(),
         ];

@@ -283,6 +283,35 @@ pub(super) mod tests {
         assert_eq!(Ruler::new(&all, "other", 10).text("abcdefgh", 100), 2);
     }
 
+    /// The shape of Qwen's and Llama's: its expression has a look-ahead, and its
+    /// letters are bytes.
+    #[test]
+    fn a_tokenizer_of_today_can_be_read() {
+        let split = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s+(?!\S)|\s+";
+        let tokenizer = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": { "type": "NFC" },
+            "pre_tokenizer": { "type": "Sequence", "pretokenizers": [
+                { "type": "Split", "pattern": { "Regex": split }, "behavior": "Isolated", "invert": false },
+                { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false },
+            ]},
+            "post_processor": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false },
+            "decoder": null,
+            "model": { "type": "BPE", "dropout": null, "unk_token": null, "fuse_unk": false,
+                "vocab": { "a": 0, "b": 1, "Ġ": 2, "ab": 3, "Ġab": 4, "1": 5 },
+                "merges": ["a b", "Ġ ab"] },
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tokenizer.json");
+        std::fs::write(&file, tokenizer.to_string()).unwrap();
+        let mut all = Tokenizers::default();
+        all.add("*", &file).unwrap();
+        let ruler = Ruler::new(&all, "m", 10);
+        // "ab", " ab", " ", " ab", "1", "1"
+        assert_eq!(ruler.text("ab ab  ab11", u64::MAX), 6);
+        assert_eq!(ruler.text(&" ".repeat(100_000), u64::MAX), 100_000);
+    }
+
     #[test]
     fn the_estimate_is_near_for_every_script() {
         for (text, tokens) in [

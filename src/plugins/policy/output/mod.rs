@@ -70,11 +70,13 @@ pub(super) fn whole(
     endpoint: Endpoint,
     body: &[u8],
 ) -> Result<Option<Bytes>> {
+    if !endpoint.streams() {
+        return Ok(None); // nothing that a model said
+    }
     let mut answer = read(body)?;
     let changed = match endpoint {
         Endpoint::Responses => whole_response(rules, hits, &mut answer)?,
-        Endpoint::ChatCompletions | Endpoint::Completions => whole_chat(rules, hits, &mut answer)?,
-        Endpoint::Embeddings | Endpoint::Rerank | Endpoint::Moderations => false,
+        _ => whole_chat(rules, hits, &mut answer)?,
     };
     Ok(changed.then(|| answer.to_string().into()))
 }
