@@ -94,15 +94,42 @@ impl fmt::Debug for Entry {
     }
 }
 
-/// Adds the common key to a schema of settings, or to each of its forms.
-fn describe_on_failure(schema: &mut Map<String, Value>, default: OnFailure) {
+/// Adds the common key to a schema of settings: to each of its forms, also where
+/// that is a definition of its own.
+fn describe_on_failure(root: &mut Map<String, Value>, default: OnFailure) {
+    for name in referred_to(root) {
+        let definition = root
+            .get_mut("$defs")
+            .and_then(|all| all.get_mut(&name))
+            .and_then(Value::as_object_mut);
+        if let Some(definition) = definition {
+            add_key(definition, default);
+        }
+    }
     for forms in ["anyOf", "oneOf"] {
-        if let Some(Value::Array(forms)) = schema.get_mut(forms) {
+        if let Some(Value::Array(forms)) = root.get_mut(forms) {
             for form in forms.iter_mut().filter_map(Value::as_object_mut) {
-                describe_on_failure(form, default);
+                add_key(form, default);
             }
         }
     }
+    add_key(root, default);
+}
+
+/// Returns the names of the definitions that are forms of the whole.
+fn referred_to(root: &Map<String, Value>) -> Vec<String> {
+    let forms = ["anyOf", "oneOf"].into_iter();
+    let forms = forms.filter_map(|key| root.get(key)?.as_array()).flatten();
+    let references = forms
+        .filter_map(Value::as_object)
+        .chain([root])
+        .filter_map(|form| form.get("$ref")?.as_str());
+    let names = references.filter_map(|reference| reference.strip_prefix("#/$defs/"));
+    names.map(str::to_owned).collect()
+}
+
+/// Adds the key to a schema of a mapping; others are left alone.
+fn add_key(schema: &mut Map<String, Value>, default: OnFailure) {
     if schema.get("type").is_none_or(|kind| kind != "object") {
         return;
     }

@@ -112,3 +112,22 @@ fn the_effective_configuration_is_whole_and_can_be_read_again() {
         }
     }
 }
+
+#[test]
+fn every_plugin_but_auth_may_say_what_becomes_of_a_request_when_it_fails() {
+    let problems = |entry: &str| {
+        let text = format!(
+            "plugins: [{entry}]\ngroups: {{g: {{upstreams: [{{name: a, url: \"http://h:1/v1\"}}]}}}}\nroutes: [{{model: \"*\", groups: [g]}}]\n"
+        );
+        let read = parse(&text, "forebay.yaml", &folder("conf/examples"), &catalog());
+        read.err()
+            .map(|problems| problems.to_string())
+            .unwrap_or_default()
+    };
+    assert_eq!(problems("cache_salt: { on_failure: open }"), "");
+    assert_eq!(problems("cache_salt"), "");
+    let wrong = problems("cache_salt: { on_failure: maybe }");
+    assert!(wrong.contains("open, closed"), "{wrong}");
+    let auth = problems("auth: { keys_file: keys.yaml, on_failure: open }");
+    assert!(auth.contains("on_failure"), "{auth}");
+}
