@@ -39,11 +39,9 @@ const QUOTA_CODES: [&str; 10] = [
     "access_terminated",
 ];
 
-/// Words of messages that say the same, where vendors have no code for it.
+/// Words of messages that say the same, where vendors have no code for it, and
+/// those about a limit that lasts.
 const QUOTA_WORDS: [&str; 2] = ["credit balance is too low", "insufficient balance"];
-
-/// Words of messages about a limit that lasts. Too common to be looked for in a
-/// message about a bad request, which repeats what the client wrote.
 const DAILY_WORDS: [&str; 3] = ["perday", "per day", "daily limit"];
 
 /// Codes, types and words of messages by which a refusal is about what the
@@ -156,19 +154,35 @@ impl UpstreamError {
     }
 
     /// Says whether the account behind the upstream is out of money or out of
-    /// its quota for long, so that waiting a minute does not help.
-    pub fn hard_quota(&self) -> bool {
-        self.out_of_money() || self.says(&DAILY_WORDS)
-    }
-
-    /// Says whether the account behind the upstream is out of money: all that is
-    /// looked for where the status says that the request is at fault.
-    pub fn out_of_money(&self) -> bool {
+    /// its quota for long, so that waiting a minute does not help. `status` is
+    /// that of the answer; of an error in an answer that began well, 200.
+    ///
+    /// A message may repeat what the client wrote, the name of a model or the
+    /// whole prompt: its words count only where the status is about money,
+    /// rights or rates, else only codes do, which are the upstream's own.
+    pub fn hard_quota(&self, status: u16) -> bool {
         let named = [&self.code, &self.kind]
             .into_iter()
             .flatten()
             .any(|word| QUOTA_CODES.contains(&word.as_str()));
-        named || self.says(&QUOTA_WORDS)
+        let told = match status {
+            // An error in a stream has its status as its code, if anywhere.
+            200 => self.code.as_deref().and_then(|code| code.parse().ok()),
+            other => Some(other),
+        };
+        named
+            || match told {
+                Some(402 | 403 | 429) => self.says(&QUOTA_WORDS) || self.says(&DAILY_WORDS),
+                Some(400) => self.begins_as_anthropics(),
+                _ => false,
+            }
+    }
+
+    /// Anthropic says it with 400 and no code of its own, as the beginning of the
+    /// message, where nothing of the client's can stand.
+    fn begins_as_anthropics(&self) -> bool {
+        let message = self.message.as_deref().unwrap_or_default();
+        message.starts_with("Your credit balance is too low")
     }
 
     /// Says whether what the request says is not wanted.
@@ -672,15 +686,42 @@ mod tests {
             r#"{"error":{"message":"Insufficient Balance","type":"unknown_error"}}"#,
             r#"[{"error":{"code":429,"message":"Quota exceeded for GenerateRequestsPerDayPerProject"}}]"#,
         ] {
-            assert!(read(body).hard_quota(), "{body}");
+            let status = if body.contains("Your credit") {
+                400
+            } else {
+                429
+            };
+            assert!(read(body).hard_quota(status), "{body}");
         }
         for body in [
             r#"{"error":{"message":"Rate limit reached for requests","type":"requests","code":"rate_limit_exceeded"}}"#,
             r#"{"error":"slow down"}"#,
             "",
         ] {
-            assert!(!read(body).hard_quota(), "{body}");
+            assert!(!read(body).hard_quota(429), "{body}");
         }
+    }
+
+    #[test]
+    fn a_clients_words_empty_no_account() {
+        for words in [
+            "insufficient balance",
+            "a per day",
+            "credit balance is too low",
+        ] {
+            let body = format!(
+                r#"{{"error":{{"message":"The model `{words}` does not exist","code":404}}}}"#
+            );
+            for status in [200, 400, 404, 422, 500, 503] {
+                assert!(!read(&body).hard_quota(status), "{status} {words}");
+            }
+            assert!(read(&body).hard_quota(429), "{words}");
+        }
+        let event = r#"{"error":{"message":"limit per day","code":429}}"#;
+        assert!(
+            read(event).hard_quota(200),
+            "an error event with its status"
+        );
     }
 
     #[test]

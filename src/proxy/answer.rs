@@ -257,7 +257,7 @@ fn find_fault(body: &Bytes) -> Option<Failure> {
     if !error_in_body(body) {
         return None;
     }
-    let verdict = if UpstreamError::read(body).hard_quota() {
+    let verdict = if UpstreamError::read(body).hard_quota(200) {
         Verdict::Credential
     } else {
         Verdict::Failed

@@ -49,6 +49,10 @@ const LOADING_SHOWN_AFTER: Duration = Duration::from_secs(1);
 /// none left: connections that are turned away give theirs back all the time.
 const SOCKET_PAUSE: Duration = Duration::from_millis(20);
 
+/// How soon a pooled connection that the upstream had given up breaks: its answer
+/// to our first bytes is a reset. One that breaks later died with its work.
+const STALE_WITHIN: Duration = Duration::from_secs(1);
+
 /// How many addresses of one name a try goes to: each that nobody answers at
 /// costs the whole connect timeout.
 const ADDRESSES_MAX: usize = 4;
@@ -169,7 +173,9 @@ impl Attempt<'_> {
             is_amended = true;
         };
         answering.hide_usage = encoded.hide_usage;
-        answering.decoder = encoded.decoder;
+        answering.decoder = encoded.decoder.take();
+        // A stream may last half an hour; who goes on with it gets another.
+        encoded.body = Bytes::new();
         let status = answering.link.head().status;
         let headers = &answering.link.head().headers;
         if headers
@@ -252,6 +258,7 @@ impl Attempt<'_> {
                 }
             };
             self.count_connection(reused);
+            let asked = Instant::now();
             match self
                 .send_and_wait(stream, &peer, wire.clone(), client)
                 .await?
@@ -266,7 +273,9 @@ impl Attempt<'_> {
                         decoder: None,
                     }));
                 }
-                Err(LinkFailure::Stale(why)) if reused && !stale => {
+                Err(LinkFailure::Stale(why))
+                    if reused && !stale && asked.elapsed() < STALE_WITHIN =>
+                {
                     log::debug!(
                         "pooled connection was stale: upstream={} {why}",
                         self.upstream.name

@@ -183,16 +183,24 @@ impl ProxyHttp for Proxy {
         _error: Option<&pingora::Error>,
         state: &mut RequestState,
     ) {
+        let is_chunked = session.get_header(header::TRANSFER_ENCODING).is_some();
         if let Some(http1) = session.as_http1()
             && let Some(guarded) = session.stream().and_then(guarded::guarded)
         {
             let header = http1.get_headers_raw_bytes().len();
-            guarded.request_is_over(header + http1.body_bytes_read());
+            // Of a chunked body the framing is not counted, and nothing may come
+            // behind it anyway.
+            let used = if is_chunked {
+                usize::MAX
+            } else {
+                header + http1.body_bytes_read()
+            };
+            guarded.request_is_over(used);
         }
         // Where a chunked body ends is a matter of its reader when its chunks
         // are odd (Pingora takes an empty size for 0): what came behind one is
         // not taken for a request, the connection is closed.
-        if session.get_header(header::TRANSFER_ENCODING).is_some() {
+        if is_chunked {
             session.set_pipelining_enabled(false);
         }
         let Some(live) = state.live.take() else {

@@ -377,7 +377,7 @@ impl Attempt<'_> {
     /// Notes what an event tells; returns a step if the stream ends with it.
     fn look_at(&self, relay: &mut Relay, frame: &Frame, facts: &Facts) -> Option<Step> {
         if let Some(error) = &facts.error {
-            let verdict = if error.hard_quota() {
+            let verdict = if error.hard_quota(200) {
                 Verdict::Credential
             } else {
                 Verdict::Failed

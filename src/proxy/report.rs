@@ -72,6 +72,10 @@ pub(super) fn failure(step: &Step, slot: &Slot, failure: &mut Failure, metrics: 
             slot.upstream().contexts.unsent(slot.model());
             step.group.unsent(slot, now)
         }
+        Verdict::NoSocket => {
+            slot.upstream().contexts.unsent(slot.model());
+            false
+        }
         _ => false,
     };
     if spared {

@@ -115,9 +115,8 @@ pub(super) fn judge(
     retry_after: Option<Duration>,
 ) -> Judgement {
     let verdict = match status.as_u16() {
-        _ if error.out_of_money() => Verdict::Credential,
+        code if error.hard_quota(code) => Verdict::Credential,
         400 | 409 | 413 | 422 => return Judgement::PassOn(error.into_client_error(status)),
-        _ if error.hard_quota() => Verdict::Credential,
         429 | 503 | 529 => Verdict::Rejected,
         403 if error.is_about_content() => return Judgement::PassOn(unwanted(error)),
         403 if error.is_about_model() => Verdict::NoModel,
@@ -130,7 +129,7 @@ pub(super) fn judge(
         _ => return Judgement::PassOn(error.into_client_error(status)),
     };
     let hint = match verdict {
-        Verdict::Credential if error.hard_quota() => Some(Hint::Quota),
+        Verdict::Credential if error.hard_quota(status.as_u16()) => Some(Hint::Quota),
         Verdict::Credential if error.is_about_key() => Some(Hint::Key),
         Verdict::Rejected if error.model_is_loading() => Some(Hint::Loading),
         _ => None,
@@ -376,6 +375,12 @@ mod tests {
             br#"{"error":{"message":"got 'apples per day'","type":"Bad Request","code":400}}"#;
         assert!(matches!(judged(400, body), Judgement::PassOn(_)));
         assert!(matches!(judged(429, body), Judgement::Failed(_)));
+        for status in [404, 500] {
+            let Judgement::Failed(failure) = judged(status, body) else {
+                panic!("{status}");
+            };
+            assert_ne!(failure.verdict, Verdict::Credential, "{status}");
+        }
     }
 
     #[test]

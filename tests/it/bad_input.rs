@@ -1138,10 +1138,25 @@ async fn an_idle_kept_connection_outlives_the_header_timeout() {
     let mut after_get = house.connect().await;
     after_get.request("GET", "/livez", &[], b"").await;
     assert_eq!(after_get.answer().await.status, 200);
+    let mut after_chunks = house.connect().await;
+    let body = chat("demo");
+    let (one, two) = body.split_at(7);
+    let chunked = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n\
+         {:x}\r\n{one}\r\n{:x}\r\n{two}\r\n0\r\n\r\n",
+        one.len(),
+        two.len(),
+    );
+    after_chunks.send(chunked.as_bytes()).await;
+    assert_eq!(after_chunks.answer().await.status, 200);
     let idle = Duration::from_millis(700);
-    let open = tokio::join!(after_post.stays_open(idle), after_get.stays_open(idle),);
-    assert_eq!(open, (true, true));
-    for mut connection in [after_post, after_get] {
+    let open = tokio::join!(
+        after_post.stays_open(idle),
+        after_get.stays_open(idle),
+        after_chunks.stays_open(idle),
+    );
+    assert_eq!(open, (true, true, true));
+    for mut connection in [after_post, after_get, after_chunks] {
         works(&mut connection).await;
     }
 }

@@ -1,8 +1,10 @@
 //! The connections to upstreams: pooled, stale, broken, encrypted; and the body
 //! that is sent again on each.
 
+use std::time::Duration;
+
 use crate::support::{
-    Connection, Gateway, Scripted, chat, chat_stream, eventually, group_of,
+    self, Connection, Gateway, Scripted, chat, chat_stream, eventually, group_of,
     http::{Answer, post_chat},
     one_group,
     scripted::{json, tls_file},
@@ -180,6 +182,30 @@ async fn a_restarted_upstream_is_reached_over_a_new_connection() {
     a.start_again().await.unwrap();
     let answer = post_chat(gateway.addr, &chat("demo")).await;
     assert_eq!((answer.status, attempts(&answer)), (200, "1"));
+}
+
+#[tokio::test]
+async fn work_that_dies_with_a_pooled_connection_is_no_stale_connection() {
+    let (dying, steady) = (sim("dying").await, sim("steady").await);
+    let yaml = support::group_with(&["retry_ambiguous: false"], &[&dying, &steady]);
+    let gateway = Gateway::start(&yaml).await;
+    // Each has a connection in the pool now.
+    for _ in 0..2 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    }
+    dying.fault("hang").await.unwrap();
+    let mut client = Connection::open(gateway.addr).await;
+    let body = chat("demo");
+    client
+        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
+        .await;
+    eventually("it is asked", async || dying.records().len() == 2).await;
+    assert!(client.stays_open(Duration::from_millis(1200)).await);
+    dying.stop().await;
+    let answer = client.answer().await;
+    // Perhaps it was done, and it is not to be done twice.
+    assert_eq!(answer.status, 502, "{}", answer.text());
+    assert_eq!((dying.records().len(), steady.records().len()), (2, 1));
 }
 
 #[tokio::test]
