@@ -57,6 +57,10 @@ const RETRY_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY_LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// What `Retry-After` says when no upstream said anything better.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
+/// How long tries that never reached anybody may take together until they count
+/// like others: a refused connection costs nothing, a silent one the connect
+/// timeout.
+const UNSENT_MAX: Duration = Duration::from_secs(5);
 
 /// The error of a stream that was longer than `limits.stream_timeout`.
 pub(super) const STREAM_TIMEOUT: &str = "stream_timeout";
@@ -88,8 +92,11 @@ pub(super) struct Exchange<'a> {
     last_answer: Option<Failure>,
     /// The tries at upstreams whose dialect has no words for the request.
     unsupported: Vec<Failure>,
-    /// Whether the one failover after a try that may have been billed is used.
-    ambiguous_used: bool,
+    /// Whether the one failover after a silence is used: each costs the client
+    /// the whole time to the first token.
+    silence_used: bool,
+    /// How many died with the request: what kills one may kill the next.
+    deaths: u32,
     affinity: u64,
     /// Every upstream that was tried.
     pub(super) tried: Vec<Arc<Upstream>>,
@@ -147,7 +154,8 @@ impl<'a> Exchange<'a> {
             deadline,
             last_answer: None,
             unsupported: Vec::new(),
-            ambiguous_used: false,
+            silence_used: false,
+            deaths: 0,
             affinity,
             tried: Vec::new(),
             busy: None,
@@ -230,10 +238,9 @@ impl<'a> Exchange<'a> {
             if is_spent && !reserved.is_some_and(|reserved| reserved.is_in(&step.group)) {
                 continue;
             }
-            let attempts = self.ctx.attempts.iter();
-            let here = attempts.filter(|attempt| attempt.group == step.group.name);
-            let mut tries = u32::try_from(here.count()).unwrap_or(u32::MAX);
-            while tries < self.limits.attempts && Instant::now() < self.deadline {
+            while self.tries_in(&step.group) < self.limits.attempts
+                && Instant::now() < self.deadline
+            {
                 let now = Instant::now();
                 let slot = match self.reserved.take() {
                     None => step.group.pick_in_panic(&step.model, &self.tried, now),
@@ -252,7 +259,6 @@ impl<'a> Exchange<'a> {
                     break;
                 }
                 self.tried.push(Arc::clone(slot.upstream()));
-                tries += 1;
                 match self.try_one(plan, step, slot, client).await? {
                     Next::Ended(ended) => return Ok(Some(Ok(ended))),
                     Next::Tell(error) => return Ok(Some(Err(error))),
@@ -277,13 +283,16 @@ impl<'a> Exchange<'a> {
         client: &mut Client<'_>,
     ) -> Result<Next, Left> {
         let _active = step.group.budget.enter(Instant::now());
-        let mut tries = 0;
-        while tries < self.limits.attempts && Instant::now() < self.deadline {
+        let before = self.tries_in(&step.group);
+        let mut is_first = true;
+        while self.tries_in(&step.group) - before < self.limits.attempts
+            && Instant::now() < self.deadline
+        {
             let is_expected_elsewhere = |reserved: &Reserved| !reserved.is_in(&step.group);
             if self.reserved.as_ref().is_some_and(is_expected_elsewhere) {
                 return Ok(Next::Group);
             }
-            let effort = if tries == 0 && (step.fallback || plan.pin.is_some()) {
+            let effort = if is_first && (step.fallback || plan.pin.is_some()) {
                 Effort::Insist
             } else {
                 Effort::Sensible
@@ -328,11 +337,12 @@ impl<'a> Exchange<'a> {
                         held
                     }
                 };
-                tries += 1;
+                is_first = false;
                 match self.try_one(plan, step, held, client).await? {
                     Next::Group => {}
                     other => return Ok(other),
                 }
+                let tries = self.tries_in(&step.group) - before;
                 let last_round = round == again || tries >= self.limits.attempts;
                 let now = Instant::now();
                 let pauses = !upstream.available(&step.model, now)
@@ -535,11 +545,9 @@ impl<'a> Exchange<'a> {
     /// Returns how the plan goes on behind a try in this group that ends without
     /// an answer, and may have been billed.
     fn onward_from(&self, step: &Step) -> Onward {
-        let attempts = self.ctx.attempts.iter();
-        let here = attempts.filter(|attempt| attempt.group == step.group.name);
-        let tries = u32::try_from(here.count()).unwrap_or(u32::MAX);
+        let tries = self.tries_in(&step.group);
         let again = tries.saturating_add(1) < self.limits.attempts;
-        match (self.ambiguous_used, self.onward, again) {
+        match (self.silence_used, self.onward, again) {
             (true, true, _) => Onward::Fallback,
             (false, true, true) => Onward::Everywhere,
             (false, true, false) => Onward::Behind,
@@ -550,6 +558,8 @@ impl<'a> Exchange<'a> {
 
     fn after_failure(&mut self, step: &Step, failure: Failure) -> Next {
         let ambiguous = failure.is_ambiguous();
+        let silent = failure.verdict == Verdict::TimedOut;
+        let died = ambiguous && !silent && failure.status.is_none();
         if failure.unsupported.is_some() {
             // It was not asked: that says nothing of those who were.
             self.unsupported.push(failure);
@@ -567,11 +577,29 @@ impl<'a> Exchange<'a> {
             let error = verdict::give_up(self.last_answer.as_ref(), RETRY_AFTER, "");
             return Next::Tell(error);
         }
-        if std::mem::replace(&mut self.ambiguous_used, true) {
+        self.deaths += u32::from(died);
+        let silent_again = silent && std::mem::replace(&mut self.silence_used, true);
+        if silent_again || self.deaths >= self.limits.attempts {
             Next::Fallback
         } else {
             Next::Group
         }
+    }
+
+    /// Returns how many tries in a group count towards `limits.attempts`: all but
+    /// those that reached nobody, as long as these were quick.
+    fn tries_in(&self, group: &Group) -> u32 {
+        let mut unsent = Duration::ZERO;
+        let attempts = self.ctx.attempts.iter();
+        let here = attempts.filter(|attempt| attempt.group == group.name);
+        let counted = here.filter(|attempt| {
+            if attempt.verdict != Verdict::NotSent {
+                return true;
+            }
+            unsent += attempt.took;
+            unsent > UNSENT_MAX
+        });
+        u32::try_from(counted.count()).unwrap_or(u32::MAX)
     }
 
     fn note(&mut self, attempt: context::Attempt) {

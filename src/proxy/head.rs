@@ -56,6 +56,7 @@ pub(super) fn check(request: &RequestHeader, limits: &Limits) -> Result<()> {
         .closing());
     }
     check_host(request)?;
+    check_coding(&request.headers)?;
     if request.headers.contains_key(header::CONTENT_ENCODING)
         && request.headers.get(header::CONTENT_ENCODING)
             != Some(&HeaderValue::from_static("identity"))
@@ -84,6 +85,21 @@ pub(super) fn check_line(head: &[u8]) -> Result<()> {
         return Err(Error::invalid("invalid_target", message).closing());
     }
     Ok(())
+}
+
+/// Checks that a body is not coded in ways that only some readers know: Pingora
+/// looks at the last coding alone, and would hand on what is below it.
+fn check_coding(headers: &HeaderMap) -> Result<()> {
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let is_known = codings.next().is_none_or(|coding| {
+        let coding = coding.as_bytes().trim_ascii();
+        coding.eq_ignore_ascii_case(b"chunked")
+    });
+    if is_known && codings.next().is_none() {
+        return Ok(());
+    }
+    let message = "the only transfer coding of a body is chunked, once";
+    Err(Error::invalid("malformed_request", message).closing())
 }
 
 /// Checks that there is exactly one host, and that the target is a path.
@@ -177,6 +193,28 @@ mod tests {
     fn an_ordinary_request_passes() {
         let request = request(Version::HTTP_11, "/v1/models?x=1", &[("host", "a:7070")]);
         assert_eq!(status(&request), None);
+    }
+
+    #[test]
+    fn chunked_is_the_only_coding_and_once() {
+        let of = |codings: &[&str]| {
+            let codings = codings.iter().map(|coding| ("transfer-encoding", *coding));
+            let fields: Vec<_> = codings.chain([("host", "a")]).collect();
+            status(&request(Version::HTTP_11, "/", &fields))
+        };
+        for known in [&[][..], &["chunked"], &["Chunked "]] {
+            assert_eq!(of(known), None, "{known:?}");
+        }
+        for other in [
+            &["gzip, chunked"][..],
+            &["identity, chunked"],
+            &["chunked, chunked"],
+            &[",chunked"],
+            &["gzip", "chunked"],
+            &["chunked", "chunked"],
+        ] {
+            assert_eq!(of(other), Some(400), "{other:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,9 @@ use forebay::sim::Sim;
 use futures_util::future::join_all;
 
 use crate::support::{
-    Answer, Gateway, Scripted, chat, chat_stream, eventually, group_of, groups_in_order,
+    Answer, Gateway, Scripted, chat, chat_stream, eventually,
+    gateway::free_port,
+    group_of, groups_in_order,
     http::{post, post_chat},
     one_group,
     scripted::{self, json},
@@ -116,7 +118,13 @@ async fn attempts_bounds_the_tries_of_each_group_and_the_fallback_still_gets_one
 
 #[tokio::test]
 async fn attempts_bounds_the_tries_of_a_group_also_when_nothing_helps() {
-    for fault in ["status=503", "status=401", "connect=refuse", "refuse_model"] {
+    for (fault, tries) in [
+        ("status=503", "3"),
+        ("status=401", "3"),
+        ("refuse_model", "3"),
+        // Nobody was asked anything.
+        ("connect=refuse", "5"),
+    ] {
         let mut sims = Vec::new();
         for nth in 0..5 {
             sims.push(sim(&format!("a-{nth}")).await);
@@ -126,7 +134,7 @@ async fn attempts_bounds_the_tries_of_a_group_also_when_nothing_helps() {
         let gateway = Gateway::start(&one_group(&all)).await;
         let answer = post_chat(gateway.addr, &chat("demo")).await;
         assert!(answer.status >= 400);
-        assert_eq!(attempts(&answer), "3", "{fault}");
+        assert_eq!(attempts(&answer), tries, "{fault}");
     }
 }
 
@@ -570,7 +578,7 @@ async fn errors_of_every_shape_become_openais() {
 // --- what may have been billed ---
 
 #[tokio::test]
-async fn a_try_that_may_have_been_billed_is_followed_by_one_more_and_the_fallback() {
+async fn a_try_that_may_have_been_billed_is_followed_by_others_within_the_attempts() {
     for (fault, streamed) in [
         ("status=500", 0),
         ("status=502", 1),
@@ -591,9 +599,9 @@ async fn a_try_that_may_have_been_billed_is_followed_by_one_more_and_the_fallbac
             (502, "upstream_error"),
             "{fault}"
         );
-        assert_eq!(attempts(&answer), "2", "{fault}");
-        assert_eq!([asked(&a), asked(&b), asked(&c)], [1, 1, 0], "{fault}");
-        for name in ["a", "b"] {
+        assert_eq!(attempts(&answer), "3", "{fault}");
+        assert_eq!([asked(&a), asked(&b), asked(&c)], [1, 1, 1], "{fault}");
+        for name in ["a", "b", "c"] {
             let series = format!("forebay_attempts_maybe_billed_total{{upstream=\"{name}\"}}");
             gateway.metric_becomes(&series, 1.0).await;
         }
@@ -601,8 +609,7 @@ async fn a_try_that_may_have_been_billed_is_followed_by_one_more_and_the_fallbac
         let gateway = Gateway::start(&with_fallback(&[&a, &b, &c], &last)).await;
         let answer = post_chat(gateway.addr, &body).await;
         assert_eq!((answer.status, answer.upstream()), (200, "last"), "{fault}");
-        assert_eq!(attempts(&answer), "3", "{fault}");
-        assert_eq!(asked(&c), 0, "{fault}");
+        assert_eq!(attempts(&answer), "4", "{fault}");
     }
 }
 
@@ -950,4 +957,48 @@ async fn other_calls_fail_over_alike() {
         assert_eq!(a.records()[0].target(), path);
         assert_eq!(b.records()[0].body, body.as_bytes());
     }
+}
+
+#[tokio::test]
+async fn whoever_can_still_answer_does_however_many_cannot() {
+    let well = sim("well").await;
+    // More that refuse than there are attempts, and as many that die.
+    let mut upstreams: Vec<String> = (0..5)
+        .map(|number| {
+            let url = format!("http://{}/v1", free_port());
+            upstream_at(&format!("dead-{number}"), &url, "")
+        })
+        .collect();
+    let dying = [sim("dying-1").await, sim("dying-2").await];
+    for sim in &dying {
+        sim.fault("status=500").await.unwrap();
+        upstreams.push(upstream_at(sim.name(), &sim.url(), ""));
+    }
+    upstreams.push(upstream_at("well", &well.url(), ""));
+    let groups = format!("groups:\n{}", group_of("g", "", &upstreams));
+    let routes = "routes:\n  - { model: \"*\", groups: [g] }\n";
+    let gateway = Gateway::start(&(groups + routes)).await;
+    for body in [chat("demo"), chat_stream("demo")] {
+        let answer = post_chat(gateway.addr, &body).await;
+        assert_eq!((answer.status, answer.upstream()), (200, "well"));
+        gateway.reset(None).await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_kills_goes_to_no_more_than_the_attempts() {
+    let sims = [
+        sim("a").await,
+        sim("b").await,
+        sim("c").await,
+        sim("d").await,
+    ];
+    for sim in &sims {
+        sim.fault("reset").await.unwrap();
+    }
+    let gateway = Gateway::start(&one_group(&sims.each_ref())).await;
+    let answer = post_chat(gateway.addr, &chat("demo")).await;
+    assert_eq!(answer.status, 502, "{}", answer.text());
+    let asked: usize = sims.iter().map(|sim| sim.records().len()).sum();
+    assert_eq!(asked, 3);
 }
