@@ -2,6 +2,7 @@
 //! happens to the process, the folder or the upstreams.
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     fs,
     os::unix::fs::PermissionsExt as _,
@@ -90,20 +91,33 @@ fn answer_of(line: &Value) -> String {
     turns(line).pop().unwrap().1
 }
 
-/// Waits until nothing waits to be written, and returns what became of the
-/// exchanges: `captured`, `skipped failed`, …, without those that are 0. All of
-/// them together are as many as have finished.
-async fn account(gateway: &Gateway) -> BTreeSet<(String, u64)> {
-    gateway.metric_becomes("forebay_capture_waiting", 0.0).await;
-    let metrics = get(gateway.admin, "/metrics").await;
-    let mut finished = 0;
+/// Waits until so many exchanges have finished and nothing waits to be written,
+/// and returns what became of them: `captured`, `skipped failed`, …, without those
+/// that are 0. All of them together are as many as have finished.
+async fn account(gateway: &Gateway, count: u64) -> BTreeSet<(String, u64)> {
+    let found = Cell::new(BTreeSet::new());
+    let all_is_counted = async || {
+        let metrics = get(gateway.admin, "/metrics").await;
+        let (all, finished, waiting) = read_account(metrics.text());
+        let sum: u64 = all.iter().map(|(_, count)| count).sum();
+        found.set(all);
+        waiting == 0 && sum == finished && finished >= count
+    };
+    eventually("every exchange is counted once", all_is_counted).await;
+    found.into_inner()
+}
+
+/// Returns what became of the exchanges, how many have finished, and how many
+/// wait.
+fn read_account(metrics: &str) -> (BTreeSet<(String, u64)>, u64, u64) {
+    let (mut finished, mut waiting) = (0, 0);
     let mut all = BTreeSet::new();
-    for line in metrics.text().lines() {
-        let Some((series, value)) = line.rsplit_once(' ') else {
-            continue;
-        };
-        if series == "forebay_capture_finished_total" {
-            finished = value.parse().unwrap();
+    for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        match series {
+            "forebay_capture_finished_total" => finished = value.parse().unwrap(),
+            "forebay_capture_waiting" => waiting = value.parse().unwrap(),
+            _ => {}
         }
         if let Some(labels) = series.strip_prefix("forebay_capture_exchanges_total") {
             let label = |name: &str| labels.split(&format!("{name}=\"")).nth(1).unwrap();
@@ -115,9 +129,7 @@ async fn account(gateway: &Gateway) -> BTreeSet<(String, u64)> {
             }
         }
     }
-    let sum: u64 = all.iter().map(|(_, count)| count).sum();
-    assert_eq!(sum, finished, "{all:?}");
-    all
+    (all, finished, waiting)
 }
 
 fn expected(all: &[(&str, u64)]) -> BTreeSet<(String, u64)> {
@@ -186,7 +198,7 @@ async fn what_is_asked_and_answered_is_a_line_in_the_file_of_the_hour() {
     let file = files(&dir).remove(0);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!((mode(&file), mode(&dir)), (0o600, 0o700));
-    assert_eq!(account(&gateway).await, expected(&[("captured", 2)]));
+    assert_eq!(account(&gateway, 2).await, expected(&[("captured", 2)]));
 }
 
 #[tokio::test]
@@ -215,7 +227,7 @@ async fn every_choice_is_a_line_and_other_calls_have_theirs() {
         assert!(answer_of(line).starts_with("gpu-1 answers:"), "{line}");
     }
     assert_eq!(
-        account(&gateway).await,
+        account(&gateway, 5).await,
         expected(&[("captured", 4), ("skipped endpoint", 1)])
     );
 }
@@ -249,7 +261,7 @@ async fn who_does_not_want_it_is_not_captured() {
     }
     assert_eq!(send("Bearer nobody", "", json!({})).await.status, 401);
     assert_eq!(
-        account(&gateway).await,
+        account(&gateway, 9).await,
         expected(&[
             ("opted_out header", 4),
             ("opted_out key", 2),
@@ -294,7 +306,7 @@ async fn only_whole_answers_are_captured_unless_more_is_asked_for() {
         .metric_becomes("forebay_capture_finished_total", 3.0)
         .await;
     assert_eq!(
-        account(&gateway).await,
+        account(&gateway, 3).await,
         expected(&[("skipped failed", 1), ("skipped partial", 2)])
     );
     gateway.write_config(&capturing(
@@ -316,7 +328,7 @@ async fn only_whole_answers_are_captured_unless_more_is_asked_for() {
     assert_eq!(lines[1]["meta"]["partial"], true);
     assert_eq!(lines[1]["meta"]["status"], 400);
     assert_eq!(answer_of(&lines[1]), "");
-    let all = account(&gateway).await;
+    let all = account(&gateway, 6).await;
     assert!(all.contains(&("skipped length".to_owned(), 1)), "{all:?}");
 }
 
@@ -373,7 +385,7 @@ async fn names_of_strangers_and_odd_prompts_are_only_words() {
             400
         );
     }
-    account(&gateway).await;
+    account(&gateway, 8).await;
     let after: Vec<_> = fs::read_dir(gateway.folder.path()).unwrap().collect();
     assert_eq!(before.len(), after.len());
     for file in files(&captures(&gateway)) {
@@ -466,7 +478,7 @@ async fn two_processes_write_to_files_of_their_own() {
         .collect();
     assert!(names.len() >= 2, "{names:?}");
     assert!(names.iter().any(|name| name.ends_with("-2")), "{names:?}");
-    let of = |gateway| account(gateway);
+    let of = |gateway| account(gateway, 10);
     assert_eq!(of(&first).await, expected(&[("captured", 10)]));
     assert_eq!(of(&second).await, expected(&[("captured", 10)]));
 }
@@ -525,13 +537,13 @@ async fn a_folder_that_cannot_be_written_harms_nobody_and_is_taken_when_it_can()
         let more = json!({ "stream": number % 2 == 0 });
         assert_eq!(ask(&gateway, "lost", more).await.status, 200);
     }
-    assert_eq!(account(&gateway).await, expected(&[("dropped disk", 5)]));
+    assert_eq!(account(&gateway, 5).await, expected(&[("dropped disk", 5)]));
     gateway.logged("exchanges are not captured: dir=").await;
     fs::remove_file(gateway.folder.path().join("in")).unwrap();
     gateway.logged("exchanges are captured again").await;
     assert_eq!(ask(&gateway, "kept", json!({})).await.status, 200);
     assert_eq!(
-        account(&gateway).await,
+        account(&gateway, 6).await,
         expected(&[("captured", 1), ("dropped disk", 5)])
     );
     let lines = lines(&gateway.folder.path().join("in/the/way"));
@@ -540,7 +552,7 @@ async fn a_folder_that_cannot_be_written_harms_nobody_and_is_taken_when_it_can()
     fs::remove_dir_all(gateway.folder.path().join("in")).unwrap();
     gateway.logged("the file is gone").await;
     assert_eq!(ask(&gateway, "new", json!({})).await.status, 200);
-    account(&gateway).await;
+    account(&gateway, 7).await;
     let lines = self::lines(&gateway.folder.path().join("in/the/way"));
     assert_eq!(lines.len(), 1);
 }
@@ -557,7 +569,7 @@ async fn what_does_not_fit_is_counted_and_every_line_is_whole() {
         assert_eq!(ask(&gateway, &question, json!({})).await.status, 200);
     }
     assert_eq!(ask(&gateway, &long, json!({})).await.status, 200);
-    let all = account(&gateway).await;
+    let all = account(&gateway, 41).await;
     let of = |what: &str| {
         all.iter()
             .find(|(name, _)| name == what)
@@ -623,7 +635,7 @@ async fn another_folder_is_taken_by_a_reload_and_nothing_is_lost() {
     gateway.write_config(&other);
     gateway.logged("configuration reloaded: version=2").await;
     ask(&gateway, "two", json!({})).await;
-    assert_eq!(account(&gateway).await, expected(&[("captured", 2)]));
+    assert_eq!(account(&gateway, 2).await, expected(&[("captured", 2)]));
     gateway.logged("capture stopped: dir=").await;
     let lines = lines(&gateway.folder.path().join("others"));
     assert_eq!(turns(&lines[0])[0].1, "two");
@@ -643,7 +655,7 @@ async fn too_much_at_once_is_dropped_and_counted() {
     let large = "x".repeat(100_000);
     assert_eq!(ask(&gateway, &large, json!({})).await.status, 200);
     assert_eq!(
-        account(&gateway).await,
+        account(&gateway, 2).await,
         expected(&[("dropped answer", 1), ("dropped queue", 1)])
     );
     let hits = "forebay_limit_hits_total{limit=\"capture_answer\"}";
@@ -663,7 +675,10 @@ async fn a_share_of_none_captures_nothing() {
     let gpu = sim("gpu-1").await;
     let gateway = Gateway::start(&capturing(", sample: 0%", &one_group(&[&gpu]))).await;
     post_chat(gateway.addr, &chat_stream("demo")).await;
-    assert_eq!(account(&gateway).await, expected(&[("skipped sampled", 1)]));
+    assert_eq!(
+        account(&gateway, 1).await,
+        expected(&[("skipped sampled", 1)])
+    );
 }
 
 #[tokio::test]

@@ -243,26 +243,49 @@ impl Plugin for Capture {
 
     async fn on_finish(&self, ctx: &mut RequestContext, outcome: &Outcome) {
         let account = &self.folder.account;
+        // Decided first, so that the two counts are one right after the other.
+        let fate = self.fate(ctx, outcome);
         account.finished();
+        match fate {
+            Fate::OptedOut(by) => account.opted_out(by),
+            Fate::Skipped(why) => account.skipped(why),
+            Fate::Lost(why) => {
+                count_limit(account.metrics(), why);
+                account.dropped(why, Instant::now());
+            }
+            Fate::Kept(job) => self.folder.offer(*job, self.config.queue.get()),
+        }
+    }
+}
+
+/// What becomes of an exchange that has ended.
+enum Fate {
+    OptedOut(OptOut),
+    Skipped(Skip),
+    Lost(Lost),
+    Kept(Box<Job>),
+}
+
+impl Capture {
+    fn fate(&self, ctx: &mut RequestContext, outcome: &Outcome) -> Fate {
         let collected = match ctx.own.take::<Mark>().map(|mark| *mark) {
-            Some(Mark::OptedOut(by)) => return account.opted_out(by),
-            Some(Mark::Skipped(why)) => return account.skipped(why),
+            Some(Mark::OptedOut(by)) => return Fate::OptedOut(by),
+            Some(Mark::Skipped(why)) => return Fate::Skipped(why),
             Some(Mark::Wanted(collected)) => collected,
-            None => return account.skipped(Skip::NoRequest),
+            None => return Fate::Skipped(Skip::NoRequest),
         };
         if let Some(why) = self.unwanted(&collected, outcome) {
-            return account.skipped(why);
+            return Fate::Skipped(why);
         }
         if let Some(lost) = collected.lost() {
-            count_limit(account.metrics(), lost);
-            return account.dropped(lost, Instant::now());
+            return Fate::Lost(lost);
         }
         let Some(request) = &ctx.request else {
-            return account.skipped(Skip::NoRequest);
+            return Fate::Skipped(Skip::NoRequest);
         };
         let received = ctx.received.as_ref().filter(|_| !self.config.augmented);
         let at = SystemTime::now();
-        let job = Job {
+        Fate::Kept(Box::new(Job {
             endpoint: request.endpoint,
             request: received.unwrap_or(&request.raw).clone(),
             answer: collected,
@@ -271,12 +294,9 @@ impl Plugin for Capture {
             redactor: self.redactor.clone(),
             length: self.config.length,
             place: None,
-        };
-        self.folder.offer(job, self.config.queue.get());
+        }))
     }
-}
 
-impl Capture {
     /// Returns why an exchange that ended so is not captured.
     fn unwanted(&self, collected: &Collected, outcome: &Outcome) -> Option<Skip> {
         let nothing_came = collected.is_empty();
