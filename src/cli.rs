@@ -51,7 +51,7 @@ enum Command {
     /// Makes client keys for the auth plugin's keys file.
     #[command(subcommand)]
     Key(KeyCommand),
-    /// Shows, resets, drains the upstreams of a running gateway.
+    /// Shows, resets, drains the upstreams of a running gateway; shows what keys have used.
     Ctl {
         #[command(subcommand)]
         command: ctl::CtlCommand,

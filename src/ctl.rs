@@ -29,6 +29,8 @@ const ANSWER_MAX: u64 = 16 * 1024 * 1024;
 pub(crate) enum CtlCommand {
     /// Lists every upstream with its state.
     Status,
+    /// Lists what every key has used of its budget.
+    Usage,
     /// Forgets what is known of one upstream, or of all: pauses, breakers, bad keys.
     Reset {
         /// The upstream; all if absent.
@@ -88,6 +90,7 @@ pub(crate) fn run(
     };
     let (method, path) = match command {
         CtlCommand::Status => ("GET", "/upstreams".to_owned()),
+        CtlCommand::Usage => ("GET", "/usage".to_owned()),
         CtlCommand::Reset { name: None } => ("POST", "/upstreams/reset".to_owned()),
         CtlCommand::Reset { name: Some(name) } => ("POST", one(name, "reset")?),
         CtlCommand::Drain { name } => ("POST", one(name, "drain")?),
@@ -101,7 +104,10 @@ pub(crate) fn run(
         let why = body.pointer("/error/message").and_then(Value::as_str);
         bail!("{} (status {status})", why.unwrap_or("refused"));
     }
-    Ok(table(&body))
+    Ok(match command {
+        CtlCommand::Usage => usage(&body),
+        _ => table(&body),
+    })
 }
 
 /// Returns the path for an upstream; its name is one that a configuration can
@@ -167,13 +173,44 @@ fn parse(answer: &[u8]) -> Option<(u16, Vec<u8>)> {
     Some((status, answer.get(end + 4..)?.to_vec()))
 }
 
-/// Writes the upstreams as lines in columns.
-fn table(body: &Value) -> String {
-    let text = |one: &Value, key: &str| match one.get(key) {
+fn text(one: &Value, key: &str) -> String {
+    match one.get(key) {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Number(number)) => number.to_string(),
         _ => "-".to_owned(),
-    };
+    }
+}
+
+/// Writes what keys have used as lines in columns.
+fn usage(body: &Value) -> String {
+    let titles = ["KEY", "PERIOD", "REQUESTS", "TOKENS", "OF", "MONEY", "OF"];
+    let mut rows = vec![titles.map(str::to_owned)];
+    let keys = body.get("keys").and_then(Value::as_array);
+    for one in keys.into_iter().flatten() {
+        for period in ["day", "month"] {
+            let Some(used) = one.get(period) else {
+                continue;
+            };
+            let money = |key: &str| {
+                let units = used.get(key).and_then(Value::as_f64);
+                units.map_or_else(|| "-".to_owned(), |units| format!("{units:.4}"))
+            };
+            rows.push([
+                text(one, "key"),
+                text(body, period),
+                text(used, "requests"),
+                text(used, "tokens"),
+                text(used, "tokens_max"),
+                money("money"),
+                money("money_max"),
+            ]);
+        }
+    }
+    columns(&rows)
+}
+
+/// Writes the upstreams as lines in columns.
+fn table(body: &Value) -> String {
     let mut rows =
         vec![["NAME", "GROUP", "STATE", "REASON", "FOR", "IN FLIGHT"].map(str::to_owned)];
     let mut open = Vec::new();
@@ -199,11 +236,18 @@ fn table(body: &Value) -> String {
             ));
         }
     }
+    let mut lines = vec![columns(&rows)];
+    lines.extend(open);
+    lines.join("\n")
+}
+
+/// Pads the cells of each column to the widest.
+fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
         cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
-    let widths: Vec<usize> = (0..6).map(width).collect();
+    let widths: Vec<usize> = (0..N).map(width).collect();
     let lines = rows.iter().map(|row| {
         let cells = row.iter().zip(&widths);
         let line: Vec<String> = cells
@@ -211,7 +255,7 @@ fn table(body: &Value) -> String {
             .collect();
         line.join("  ").trim_end().to_owned()
     });
-    lines.chain(open).collect::<Vec<_>>().join("\n")
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use crate::{
     plugins::{Build, Chain, PLUGINS},
     resources::Resources,
     routes::Routes,
+    store::Place,
     upstreams::{
         Group, Previous, STRATEGIES, State, Upstream, connector_options, group::build_all,
     },
@@ -72,12 +73,20 @@ impl Snapshot {
     ) -> Result<Self, Problems> {
         let config = &loaded.config;
         let mut problems = Vec::new();
+        let store = match config.store.as_deref() {
+            Some(url) => match Place::of(url, &loaded.base) {
+                Ok(place) => Some(place),
+                Err(why) => return Err(loaded.problem("store", why).into()),
+            },
+            None => None,
+        };
         let mut chain_of =
             |entries: &[PluginEntry], before: Option<&Chain>, at: &str, list: &str| {
                 let build = Build {
                     base: &loaded.base,
                     resources,
                     list,
+                    store: store.as_ref(),
                 };
                 match Chain::build(entries, before, &build) {
                     Ok(chain) => Some(Arc::new(chain)),
@@ -184,7 +193,7 @@ impl Snapshot {
         })
     }
 
-    /// Tells the plugins that they serve from now on. Of the first snapshot
+    /// Tells the plugins that they serve from now on. May block for some seconds. Of the first snapshot
     /// the server calls it, of the others the reload.
     pub fn start_plugins(&self, resources: &Resources) {
         for chain in self.chains() {
@@ -336,6 +345,8 @@ impl Gateway {
         match built {
             Ok(next) => {
                 let next = Arc::new(next);
+                // Before the first request: what they read must be there then.
+                next.start_plugins(&self.resources);
                 let previous = self.current.swap(Arc::clone(&next));
                 for (_, upstream) in next.upstreams() {
                     upstream.go_live();
@@ -343,7 +354,6 @@ impl Gateway {
                 for group in next.routes.groups() {
                     group.go_live();
                 }
-                next.start_plugins(&self.resources);
                 metrics.reloads.with_label_values(&["success"]).inc();
                 metrics.reload_ok.set(1);
                 self.export_config();

@@ -22,7 +22,7 @@
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
-//! | 1 | [`context`], [`events`], [`outbound`], [`resources`], [`worker`] | one request; what changed; calls to servers that are no upstreams; what outlives a snapshot; work beside the requests |
+//! | 1 | [`context`], [`events`], [`outbound`], [`resources`], [`store`], [`worker`] | one request; what changed; calls to servers that are no upstreams; what outlives a snapshot; work beside the requests; what must survive the process |
 //! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`sharegpt`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
@@ -95,5 +95,6 @@ pub mod server;
 pub mod sharegpt;
 pub mod sim;
 pub mod status;
+pub mod store;
 pub mod upstreams;
 pub mod worker;

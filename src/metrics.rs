@@ -112,6 +112,14 @@ pub struct Metrics {
     pub rate_limited: IntCounterVec,
     /// Callers that a `rate_limit` remembers, by rule.
     pub rate_limit_tracked: IntGaugeVec,
+    /// Requests that a `budget` turned away, by period and what was used up.
+    pub budget_refused: IntCounterVec,
+    /// Sums that wait to be written to the store.
+    pub store_queue: IntGauge,
+    /// Sums that were lost since there was no room for them.
+    pub store_dropped: IntCounter,
+    /// What the store could not do, by what it was.
+    pub store_errors: IntCounterVec,
     /// Requests that wait for a free upstream, by group and class.
     pub queue_length: IntGaugeVec,
     /// Seconds that requests waited for a free upstream, by group, class and
@@ -343,6 +351,24 @@ impl Metrics {
                 "forebay_rate_limit_tracked",
                 "Callers whose use is remembered",
                 &["rule"],
+            ),
+            budget_refused: all.counters(
+                "forebay_budget_refused_total",
+                "Requests that were turned away because a key had used its budget",
+                &["period", "of"],
+            ),
+            store_queue: all.gauge(
+                "forebay_store_queue",
+                "Sums that wait to be written to the store",
+            ),
+            store_dropped: all.counter(
+                "forebay_store_dropped_total",
+                "Sums that were lost since the queue to the store was full",
+            ),
+            store_errors: all.counters(
+                "forebay_store_errors_total",
+                "What the store could not do",
+                &["what"],
             ),
             queue_length: all.gauges(
                 "forebay_queue_length",

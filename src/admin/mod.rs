@@ -6,6 +6,7 @@
 //! the data listener's deadlines for a header and for an answer.
 
 mod upstreams;
+mod usage;
 
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -64,6 +65,7 @@ impl Admin {
             .route("/health", get(health))
             .route("/reload", post(reload))
             .route("/upstreams", get(upstreams::list))
+            .route("/usage", get(usage::list))
             .route("/upstreams/reset", post(upstreams::reset_all))
             .route("/upstreams/{name}/{action}", post(upstreams::act))
             .fallback(unknown)
@@ -290,6 +292,7 @@ async fn index() -> impl IntoResponse {
             "GET /health",
             "POST /reload",
             "GET /upstreams",
+            "GET /usage",
             "POST /upstreams/reset",
             "POST /upstreams/{name}/reset",
             "POST /upstreams/{name}/drain",

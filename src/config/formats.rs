@@ -17,6 +17,7 @@ pub(super) fn expected(format: &str) -> Option<&'static str> {
         "count" => "a number such as 200000, 200k or 1.5M",
         "rate" => "a rate such as 60/min, 200k/min, 5/s or 1000/day",
         "path" => "a path such as /health",
+        "store" => "a store such as sqlite:forebay.db",
         "secret" => "env:NAME or file:path",
         "listen" => "an IP address and a port such as 127.0.0.1:7070",
         "base_url" => "a base URL such as http://127.0.0.1:8000/v1",
@@ -48,6 +49,7 @@ pub(super) fn json_schema_pattern(format: &str) -> Option<&'static str> {
         "count" => "^[0-9]+(\\.[0-9]+)?[kMG]?$",
         "rate" => "^[0-9]+(\\.[0-9]+)?[kMG]? */ *(s|sec|second|m|min|minute|h|hour|d|day)$",
         "path" => "^/[!-~]*$",
+        "store" => "^[a-z]+:.+$",
         "secret" => "^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)$",
         "listen" => "^([0-9]{1,3}(\\.[0-9]{1,3}){3}|\\[[0-9a-fA-F:.]+\\]):[0-9]{1,5}$",
         "base_url" => "^https?://[^\\s@?#]+$",
@@ -70,6 +72,7 @@ pub(super) fn check(format: &str, text: &str) -> Result<(), String> {
         "count" => text.parse::<Count>().map(drop).map_err(|_why| found(text)),
         "rate" => rate(text),
         "path" => path(text),
+        "store" => store(text),
         "secret" => secret(text),
         "listen" => listen(text),
         "base_url" => base_url(text),
@@ -202,6 +205,15 @@ fn rate(text: &str) -> Result<(), String> {
         ));
     }
     text.parse::<Rate>().map(drop).map_err(|_why| found(text))
+}
+
+/// Which stores there are, only the floors above know.
+fn store(text: &str) -> Result<(), String> {
+    match text.split_once(':') {
+        Some((scheme, rest)) if !scheme.is_empty() && !rest.trim().is_empty() => Ok(()),
+        // Of other kinds it may hold a password.
+        _ => Err("found other text".to_owned()),
+    }
 }
 
 fn path(text: &str) -> Result<(), String> {

@@ -91,6 +91,10 @@ pub struct Config {
     /// Networks whose `X-Forwarded-For` is believed, such as `10.0.0.0/8`.
     #[schemars(with = "Vec<String>", extend("format" = "cidrs"))]
     pub trusted_proxies: Vec<IpNet>,
+    /// Where is kept what must survive the process, such as what was used of
+    /// budgets: `sqlite:FILE`, relative to this file. Restart to change.
+    #[schemars(extend("format" = "store"))]
+    pub store: Option<String>,
     /// The log: what it looks like and where it goes.
     pub log: Log,
     /// The request filters, top to bottom on the way in, in reverse on the way out.
@@ -119,6 +123,7 @@ impl Default for Config {
             threads: 0,
             limits: Limits::default(),
             trusted_proxies: Vec::new(),
+            store: None,
             log: Log::default(),
             plugins: Vec::new(),
             groups: IndexMap::new(),

@@ -159,6 +159,7 @@ mod tests {
                 base,
                 resources,
                 list: "",
+                store: None,
             },
         )
         .unwrap()

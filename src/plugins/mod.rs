@@ -26,6 +26,7 @@
 
 mod alert;
 mod auth;
+mod budget;
 mod cache_salt;
 mod capture;
 mod chain;
@@ -46,6 +47,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 pub use alert::Alert;
 pub use auth::{Auth, hash_token, new_token};
+pub use budget::{Budget, LEDGER, Ledger, Standing, Statement};
 pub use cache_salt::CacheSalt;
 pub use capture::{Capture, CaptureConfig};
 pub use chain::{Chain, Passed};
@@ -60,6 +62,7 @@ use crate::{
     error::Result,
     openai::Frame,
     resources::Resources,
+    store::Place,
 };
 
 /// Every plugin there is. A new one is its file and a line here.
@@ -71,6 +74,7 @@ pub const PLUGINS: &[Entry] = &[
     Entry::of::<Policy>(),
     Entry::of::<RateLimit>(),
     Entry::of::<Capture>(),
+    Entry::of::<Budget>(),
 ];
 
 /// Watches and changes requests on their way.
@@ -190,6 +194,7 @@ pub trait Plugin: Send + Sync {
     /// Runs when a snapshot that holds the plugin becomes the one that serves,
     /// also of a plugin that was kept: the place to start threads, and never
     /// before, since a configuration that is only checked must not do anything.
+    /// May block for some seconds.
     fn go_live(&self, resources: &Resources) {
         let _ = resources;
     }
@@ -312,6 +317,9 @@ pub struct Build<'a> {
     /// Which list of plugins it stands in: empty for the general one, else the
     /// model of the route whose own list it is.
     pub list: &'a str,
+    /// Where things are kept that must survive the process, if the configuration
+    /// says so. It is opened in [`Plugin::go_live`].
+    pub store: Option<&'a Place>,
 }
 
 /// Why a plugin could not be built.

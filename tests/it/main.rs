@@ -18,6 +18,7 @@ mod alert;
 mod auth;
 mod bad_input;
 mod breaker;
+mod budget;
 mod cache_salt;
 mod capture;
 mod chaos;

@@ -162,6 +162,12 @@ impl Keys {
         keys.any(|key| !key.principal.limits.is_empty())
     }
 
+    /// Returns whether any key has a budget of its own.
+    pub(super) fn have_budgets(&self) -> bool {
+        let mut keys = self.by_start.values().flatten();
+        keys.any(|key| !key.principal.budget.is_empty())
+    }
+
     fn insert(&mut self, key: Key) {
         self.len += 1;
         self.by_start.entry(start(&key.hash)).or_default().push(key);
@@ -673,7 +679,7 @@ mod tests {
         let Found::Valid(who) = good.find(b"token", SystemTime::now()) else {
             panic!("not found");
         };
-        assert!(good.have_limits());
+        assert!(good.have_limits() && good.have_budgets());
         assert_eq!(who.limits.requests, "600/min".parse().ok());
         assert_eq!(who.limits.tokens, "1M/day".parse().ok());
         assert_eq!(who.limits.concurrent, NonZeroU32::new(20));

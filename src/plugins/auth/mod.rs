@@ -41,7 +41,10 @@ use keys::{Found, Hash, Keys};
 use limiter::Limiter;
 pub use token::{hash_token, new_token};
 
-use super::{Build, ConfigError, Configure, Flow, Plugin, rate_limit::limits_keys};
+use super::{
+    Build, ConfigError, Configure, Flow, Plugin,
+    rate_limit::{is_listed, limits_keys},
+};
 use crate::{
     config::{Config, problem::shown},
     context::{Class, Principal, RequestContext, Restrict},
@@ -235,6 +238,11 @@ impl Plugin for Auth {
         if guard.keys.have_limits() && !limits_keys(config) {
             let message = "keys have limits of their own that nobody is held to: \
                            add `- rate_limit: { per: key }` behind auth";
+            warnings.push(message.to_owned());
+        }
+        if guard.keys.have_budgets() && !is_listed(config, "budget") {
+            let message = "keys have budgets of their own that nobody is held to: \
+                           add `- budget` behind auth";
             warnings.push(message.to_owned());
         }
         warnings
@@ -441,6 +449,7 @@ mod tests {
                 base: &self.0,
                 resources,
                 list: "",
+                store: None,
             };
             Auth::configure(serde_json::from_value(config).unwrap(), &build)
         }
@@ -636,6 +645,7 @@ mod tests {
             base: "".as_ref(),
             resources: &resources,
             list: "",
+            store: None,
         };
         let config = serde_json::from_value(json!("none")).unwrap();
         let auth = Auth::configure(config, &build).unwrap();

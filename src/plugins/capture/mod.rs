@@ -408,6 +408,7 @@ mod tests {
             base: std::path::Path::new("/conf"),
             resources: &resources,
             list: "",
+            store: None,
         };
         let capture = Capture::configure(config, &build).unwrap();
         (resources, capture)
@@ -456,6 +457,7 @@ mod tests {
             base: std::path::Path::new("/"),
             resources: &resources,
             list: "",
+            store: None,
         };
         let why = Capture::configure(config, &build).unwrap_err();
         assert_eq!(why.path, "capture.redact_patterns[1]");

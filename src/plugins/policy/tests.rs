@@ -15,6 +15,7 @@ fn policy(config: Value) -> std::result::Result<Policy, ConfigError> {
         base: std::path::Path::new("."),
         resources: &Resources::default(),
         list: "",
+        store: None,
     };
     Policy::configure(config, &build)
 }

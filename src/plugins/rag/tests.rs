@@ -13,6 +13,7 @@ fn rag(settings: Value) -> Rag {
         base: Path::new("."),
         resources: &Resources::default(),
         list: "",
+        store: None,
     };
     Rag::configure(serde_json::from_value(settings).unwrap(), &build).unwrap()
 }

@@ -370,6 +370,12 @@ fn asks_for_keys(config: &Config) -> bool {
     entries.any(|entry| entry.name == "auth" && entry.config.is_object())
 }
 
+/// Returns whether any list has this plugin.
+pub(super) fn is_listed(config: &Config, plugin: &str) -> bool {
+    let mut entries = lists(config).flatten();
+    entries.any(|entry| entry.name == plugin)
+}
+
 /// Returns whether a list has a rule that limits of keys take the place of.
 pub(super) fn limits_keys(config: &Config) -> bool {
     let mut entries = lists(config).flatten();
@@ -398,6 +404,7 @@ mod tests {
             base: Path::new("."),
             resources,
             list: "",
+            store: None,
         };
         RateLimit::configure(serde_json::from_value(config).unwrap(), &build).unwrap()
     }
@@ -557,6 +564,7 @@ mod tests {
             base: Path::new("."),
             resources: &resources,
             list: "",
+            store: None,
         };
         for (per, fine) in [(Per::Key, true), (Per::Ip, false), (Per::Model, false)] {
             let config = RateLimitConfig {

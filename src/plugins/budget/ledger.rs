@@ -1,0 +1,538 @@
+//! What every key has used of its days and months: in memory, and written behind
+//! to the store.
+//!
+//! **Invariant:** of a budget no more is overdrawn than what one request takes:
+//! what is under way counts with its estimate, and where that may be all of the
+//! rest, nobody else is let through until it is known.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use super::calendar::{Today, Zone, until};
+use crate::{
+    config::{Allowance, Budget},
+    store::{Amount, Journal, Usage},
+};
+
+/// The most periods that are remembered of a key: this day and month, and some
+/// before them, should the clock go back.
+const PERIODS_MAX: usize = 8;
+
+/// The books of the process; outlive the snapshots.
+#[derive(Default)]
+pub struct Ledger(Mutex<Books>);
+
+#[derive(Default)]
+struct Books {
+    accounts: HashMap<Arc<str>, Account>,
+    today: Option<Today>,
+    journal: Option<Arc<Journal>>,
+    is_loaded: bool,
+}
+
+/// What is known of one key.
+#[derive(Default)]
+struct Account {
+    /// By period, the youngest last.
+    used: Vec<(String, Amount)>,
+    /// What requests under way may take.
+    under_way: Amount,
+    /// What it may use, as far as it has been seen since the start.
+    budget: Option<Budget>,
+}
+
+/// Which period, and what of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// `day` or `month`.
+    pub(super) period: &'static str,
+    /// `tokens` or `money`.
+    pub(super) of: &'static str,
+}
+
+/// Why a request is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// What was used is not known: the store could not be read.
+    Unknown,
+    /// It is used up, for so long.
+    UsedUp(Part, Duration),
+    /// What is left may be used up by requests that are under way.
+    Reserved(Part),
+}
+
+/// A part of a budget that has just passed a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Passed {
+    pub(super) part: Part,
+    /// How much of it is used.
+    pub(super) percent: u32,
+}
+
+/// A request under way; let go of by [`Reserved::settle`], or when it is dropped.
+pub(super) struct Reserved {
+    ledger: Arc<Ledger>,
+    key: Arc<str>,
+    amount: Amount,
+    budget: Budget,
+    open: bool,
+}
+
+/// How a key stands, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The key's name.
+    pub key: Arc<str>,
+    /// What it used today.
+    pub day: Amount,
+    /// What it used this month.
+    pub month: Amount,
+    /// What it may use; `None` before its first request since the start.
+    pub budget: Option<Budget>,
+}
+
+/// All keys, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Statement {
+    /// Whether the store has been read.
+    pub is_loaded: bool,
+    /// The day, such as `2026-11-21`.
+    pub day: String,
+    /// The month, such as `2026-11`.
+    pub month: String,
+    /// Every key that has used anything, by name.
+    pub keys: Vec<Standing>,
+}
+
+impl Ledger {
+    /// Reads what was used before, as soon as the store can be read. Only the
+    /// first call does something. `done` is called then.
+    pub(super) fn load(
+        self: &Arc<Self>,
+        journal: &Arc<Journal>,
+        zone: Zone,
+        now: SystemTime,
+        done: impl FnOnce() + Send + 'static,
+    ) {
+        let mut books = self.books();
+        if books.journal.is_some() {
+            return done();
+        }
+        books.journal = Some(Arc::clone(journal));
+        let today = books.today(now, zone);
+        let periods = vec![today.day.clone(), today.month.clone()];
+        drop(books);
+        let ledger = Arc::clone(self);
+        journal.load(periods, move |all| {
+            ledger.take_over(all);
+            done();
+        });
+    }
+
+    /// Adds what was used before the start to what has been used since.
+    fn take_over(&self, all: Vec<Usage>) {
+        let mut books = self.books();
+        for Usage {
+            key,
+            period,
+            amount,
+        } in all
+        {
+            let account = books.accounts.entry(key).or_default();
+            account.add(&period, amount);
+        }
+        books.is_loaded = true;
+    }
+
+    /// Lets a request through that may take so much.
+    pub(super) fn admit(
+        self: &Arc<Self>,
+        key: &Arc<str>,
+        budget: Budget,
+        amount: Amount,
+        zone: Zone,
+        now: SystemTime,
+    ) -> Result<Reserved, Refusal> {
+        let mut books = self.books();
+        if !books.is_loaded && !budget.is_empty() {
+            return Err(Refusal::Unknown);
+        }
+        let today = books.today(now, zone).clone();
+        let account = books.accounts.entry(Arc::clone(key)).or_default();
+        account.budget = Some(budget);
+        if let Some(refusal) = account.refusal(budget, &today, now) {
+            return Err(refusal);
+        }
+        account.under_way.add(amount);
+        Ok(Reserved {
+            ledger: Arc::clone(self),
+            key: Arc::clone(key),
+            amount,
+            budget,
+            open: true,
+        })
+    }
+
+    /// Counts what a request took that was let through without a look at it.
+    pub(super) fn count(&self, key: &Arc<str>, amount: Amount, zone: Zone, now: SystemTime) {
+        self.books().count(key, amount, zone, now);
+    }
+
+    /// Returns how every key stands.
+    pub fn statement(&self, now: SystemTime) -> Statement {
+        let mut books = self.books();
+        let zone = books.today.as_ref().map_or(Zone::Utc, Today::zone);
+        let today = books.today(now, zone).clone();
+        let mut keys: Vec<Standing> = books
+            .accounts
+            .iter()
+            .map(|(key, account)| Standing {
+                key: Arc::clone(key),
+                day: account.used(&today.day),
+                month: account.used(&today.month),
+                budget: account.budget,
+            })
+            .collect();
+        keys.sort_by(|one, other| one.key.cmp(&other.key));
+        Statement {
+            is_loaded: books.is_loaded,
+            day: today.day,
+            month: today.month,
+            keys,
+        }
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Books {
+    /// Returns today. At the first look at another day, whom nobody has seen for
+    /// long is forgotten.
+    fn today(&mut self, now: SystemTime, zone: Zone) -> &Today {
+        let fits = |today: &Today| today.holds(now, zone);
+        if !self.today.as_ref().is_some_and(fits) {
+            let today = Today::at(now, zone);
+            self.accounts.retain(|_, account| {
+                account.under_way != Amount::default()
+                    || account.used(&today.month) != Amount::default()
+            });
+            self.today = None;
+            return self.today.insert(today);
+        }
+        self.today.get_or_insert_with(|| Today::at(now, zone))
+    }
+
+    /// Returns what was used before, and since, in the day and the month.
+    fn count(
+        &mut self,
+        key: &Arc<str>,
+        amount: Amount,
+        zone: Zone,
+        now: SystemTime,
+    ) -> [(Amount, Amount); 2] {
+        let today = self.today(now, zone);
+        let periods = [today.day.clone(), today.month.clone()];
+        let account = self.accounts.entry(Arc::clone(key)).or_default();
+        let counted = periods.each_ref().map(|period| {
+            let before = account.used(period);
+            account.add(period, amount);
+            (before, account.used(period))
+        });
+        if let Some(journal) = &self.journal
+            && amount != Amount::default()
+        {
+            for period in periods {
+                let key = Arc::clone(key);
+                journal.add(Usage {
+                    key,
+                    period,
+                    amount,
+                });
+            }
+        }
+        counted
+    }
+}
+
+impl Account {
+    fn used(&self, period: &str) -> Amount {
+        let mut all = self.used.iter();
+        all.find(|(one, _)| one == period)
+            .map(|(_, amount)| *amount)
+            .unwrap_or_default()
+    }
+
+    fn add(&mut self, period: &str, amount: Amount) {
+        if let Some((_, used)) = self.used.iter_mut().find(|(one, _)| one == period) {
+            used.add(amount);
+            return;
+        }
+        if self.used.len() >= PERIODS_MAX {
+            self.used.remove(0);
+        }
+        self.used.push((period.to_owned(), amount));
+    }
+
+    /// Returns what bounds the request: of several, what lasts longest.
+    fn refusal(&self, budget: Budget, today: &Today, now: SystemTime) -> Option<Refusal> {
+        let periods = [
+            ("day", budget.day, &today.day, today.day_ends),
+            ("month", budget.month, &today.month, today.month_ends),
+        ];
+        let mut reserved = None;
+        let mut used_up: Option<(Part, Duration)> = None;
+        for (period, allowance, name, ends) in periods {
+            let used = self.used(name);
+            let all = bounds(allowance).into_iter().flatten();
+            for (of, limit, part_of) in all {
+                let part = Part { period, of };
+                let (used, under_way) = (part_of(&used), part_of(&self.under_way));
+                if used >= limit {
+                    let wait = until(ends, now);
+                    if used_up.is_none_or(|(_, other)| other < wait) {
+                        used_up = Some((part, wait));
+                    }
+                } else if used.saturating_add(under_way) >= limit {
+                    reserved = Some(Refusal::Reserved(part));
+                }
+            }
+        }
+        used_up
+            .map(|(part, wait)| Refusal::UsedUp(part, wait))
+            .or(reserved)
+    }
+}
+
+/// What of an amount is bounded, and how it is read.
+type Bound = (&'static str, u64, fn(&Amount) -> u64);
+
+fn bounds(allowance: Allowance) -> [Option<Bound>; 2] {
+    let tokens = allowance.tokens.map(|most| most.get());
+    let money = allowance.money.map(|most| most.0);
+    [
+        tokens.map(|most| ("tokens", most, (|used| used.tokens) as fn(&Amount) -> u64)),
+        money.map(|most| ("money", most, (|used| used.money) as fn(&Amount) -> u64)),
+    ]
+}
+
+impl Reserved {
+    /// Ends the request with what it really took; returns the marks that were
+    /// passed with it: `near` percent, and all of it.
+    pub(super) fn settle(
+        mut self,
+        really: Amount,
+        near: u8,
+        zone: Zone,
+        now: SystemTime,
+    ) -> Vec<Passed> {
+        self.open = false;
+        let mut books = self.ledger.books();
+        let counted = books.count(&self.key, really, zone, now);
+        if let Some(account) = books.accounts.get_mut(&self.key) {
+            account.under_way.take(self.amount);
+        }
+        drop(books);
+        let allowances = [("day", self.budget.day), ("month", self.budget.month)];
+        let mut passed = Vec::new();
+        for ((period, allowance), (before, after)) in allowances.into_iter().zip(counted) {
+            for (of, limit, part_of) in bounds(allowance).into_iter().flatten() {
+                let percent = |used: u64| u128::from(used) * 100 / u128::from(limit.max(1));
+                let (before, after) = (percent(part_of(&before)), percent(part_of(&after)));
+                let marks = [u128::from(near), 100];
+                if marks.iter().any(|mark| before < *mark && *mark <= after) {
+                    passed.push(Passed {
+                        part: Part { period, of },
+                        percent: u32::try_from(after).unwrap_or(u32::MAX),
+                    });
+                }
+            }
+        }
+        passed
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if !self.open {
+            return;
+        }
+        let mut books = self.ledger.books();
+        if let Some(account) = books.accounts.get_mut(&self.key) {
+            account.under_way.take(self.amount);
+        }
+    }
+}
+
+impl fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ledger").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Money;
+
+    fn time(text: &str) -> SystemTime {
+        humantime::parse_rfc3339(text).unwrap()
+    }
+
+    fn tokens(tokens: u64) -> Amount {
+        Amount {
+            requests: 1,
+            tokens,
+            money: tokens * 1000,
+        }
+    }
+
+    fn budget(day: &str, month: &str) -> Budget {
+        let of = |text: &str| Allowance {
+            tokens: text.parse().ok(),
+            money: None,
+        };
+        Budget {
+            day: of(day),
+            month: of(month),
+        }
+    }
+
+    fn ledger() -> Arc<Ledger> {
+        let ledger = Arc::new(Ledger::default());
+        ledger.take_over(Vec::new());
+        ledger
+    }
+
+    const NOON: &str = "2026-11-21T12:00:00Z";
+
+    fn spend(
+        ledger: &Arc<Ledger>,
+        budget: Budget,
+        amount: u64,
+        now: &str,
+    ) -> Result<Vec<Passed>, Refusal> {
+        let now = time(now);
+        let held = ledger.admit(&"a".into(), budget, tokens(amount), Zone::Utc, now)?;
+        Ok(held.settle(tokens(amount), 80, Zone::Utc, now))
+    }
+
+    #[test]
+    fn a_budget_holds_until_its_period_ends() {
+        let (ledger, both) = (ledger(), budget("100", "150"));
+        let day = Part {
+            period: "day",
+            of: "tokens",
+        };
+        let month = Part {
+            period: "month",
+            of: "tokens",
+        };
+        assert_eq!(spend(&ledger, both, 60, NOON), Ok(vec![]));
+        let near = Passed {
+            part: day,
+            percent: 110,
+        };
+        assert_eq!(spend(&ledger, both, 50, NOON), Ok(vec![near]));
+        let refused = spend(&ledger, both, 1, NOON);
+        assert_eq!(
+            refused,
+            Err(Refusal::UsedUp(day, Duration::from_secs(12 * 3600)))
+        );
+        // Others have theirs.
+        assert!(
+            ledger
+                .admit(&"b".into(), both, tokens(1), Zone::Utc, time(NOON))
+                .is_ok()
+        );
+        let tomorrow = "2026-11-22T00:00:00Z";
+        let came = spend(&ledger, both, 40, tomorrow).unwrap();
+        assert_eq!(
+            came,
+            [Passed {
+                part: month,
+                percent: 100
+            }]
+        );
+        let nine_days = Duration::from_secs(9 * 24 * 3600);
+        assert_eq!(
+            spend(&ledger, both, 1, tomorrow),
+            Err(Refusal::UsedUp(month, nine_days))
+        );
+        assert!(spend(&ledger, both, 1, "2026-12-01T00:00:00Z").is_ok());
+    }
+
+    #[test]
+    fn marks_are_passed_once() {
+        let ledger = ledger();
+        let hundred = budget("100", "");
+        let mut told = Vec::new();
+        for _ in 0..20 {
+            if let Ok(passed) = spend(&ledger, hundred, 10, NOON) {
+                told.extend(passed.into_iter().map(|one| one.percent));
+            }
+        }
+        assert_eq!(told, [80, 100]);
+    }
+
+    #[test]
+    fn what_is_under_way_may_be_the_rest_but_not_twice() {
+        let (ledger, now) = (ledger(), time(NOON));
+        let hundred = budget("100", "");
+        let admit = || ledger.admit(&"a".into(), hundred, tokens(1000), Zone::Utc, now);
+        let first = admit().ok().unwrap();
+        assert!(matches!(admit(), Err(Refusal::Reserved(_))));
+        first.settle(tokens(10), 80, Zone::Utc, now);
+        let second = admit().ok().unwrap();
+        drop(second);
+        assert!(admit().is_ok());
+    }
+
+    #[test]
+    fn money_is_a_budget_too() {
+        let (ledger, now) = (ledger(), time(NOON));
+        let mut cents = Budget::default();
+        cents.month.money = Money::new(0.000_05);
+        let held = ledger.admit(&"a".into(), cents, tokens(1), Zone::Utc, now);
+        let passed = held.ok().unwrap().settle(tokens(50), 80, Zone::Utc, now);
+        assert_eq!(passed.len(), 1);
+        let came = ledger.admit(&"a".into(), cents, tokens(1), Zone::Utc, now);
+        assert!(matches!(
+            came,
+            Err(Refusal::UsedUp(Part { of: "money", .. }, _))
+        ));
+    }
+
+    #[test]
+    fn before_the_store_is_read_nobody_knows() {
+        let (ledger, now) = (Arc::new(Ledger::default()), time(NOON));
+        let hundred = budget("100", "");
+        let came = ledger.admit(&"a".into(), hundred, tokens(1), Zone::Utc, now);
+        assert!(matches!(came, Err(Refusal::Unknown)));
+        ledger.count(&"a".into(), tokens(30), Zone::Utc, now);
+        ledger.take_over(vec![Usage {
+            key: "a".into(),
+            period: "2026-11-21".to_owned(),
+            amount: tokens(60),
+        }]);
+        let statement = ledger.statement(now);
+        assert!(statement.is_loaded);
+        assert_eq!(statement.keys[0].day.tokens, 90);
+        assert_eq!(statement.keys[0].month.tokens, 30);
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_finds_what_was_used() {
+        let (ledger, hundred) = (ledger(), budget("100", ""));
+        spend(&ledger, hundred, 90, NOON).unwrap();
+        spend(&ledger, hundred, 20, "2026-11-22T00:10:00Z").unwrap();
+        spend(&ledger, hundred, 20, "2026-11-21T23:59:00Z").unwrap();
+        assert!(spend(&ledger, hundred, 1, "2026-11-21T23:59:00Z").is_err());
+        assert!(spend(&ledger, hundred, 1, "2026-11-22T00:10:00Z").is_ok());
+    }
+}
