@@ -12,6 +12,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -34,6 +35,9 @@ use crate::{
 /// How often a folder that cannot be written is tried again, and everything
 /// else is looked after.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long the thread rests when the queue is empty. To be woken for every
+/// exchange costs both sides more than the exchange itself.
+const REST: Duration = Duration::from_millis(25);
 /// How many images are remembered as being there already.
 const IMAGES_KNOWN_MAX: usize = 10_000;
 /// How old an image may be before another use renews it: retention goes by its
@@ -63,16 +67,27 @@ pub(super) fn run(inbox: &Inbox<Job>, live: &Live) {
     let mut writer = Writer::new(live);
     writer.look(Instant::now());
     loop {
-        match inbox.next(writer.patience(Instant::now())) {
-            Next::Item(mut job) => {
-                let place = job.place.take();
-                writer.take(job);
-                drop(place);
+        let mut next = inbox.next(writer.patience(Instant::now()));
+        let closed = loop {
+            match next {
+                Next::Item(mut job) => {
+                    let place = job.place.take();
+                    writer.take(job);
+                    drop(place);
+                }
+                Next::Nothing => break false,
+                Next::Closed => break true,
             }
-            Next::Nothing => {}
-            Next::Closed => break,
-        }
+            writer.tick(Instant::now());
+            next = inbox.next(Duration::ZERO);
+        };
         writer.tick(Instant::now());
+        if closed {
+            break;
+        }
+        // Nobody wakes it: whoever puts something into the queue meanwhile has
+        // nothing to do but that, and what comes is written in one go.
+        thread::park_timeout(REST);
     }
     writer.close();
     live.close();
