@@ -7,7 +7,7 @@
 //! - [`request`]: a request's body → the dialogue so far
 //! - [`answer`]: a whole answer or its events → what each choice says
 //! - [`events`]: the events of a stream, kept in little memory
-//! - [`line`]: one dialogue with its answer → one line of JSON
+//! - [`mod@line`]: one dialogue with its answer → one line of JSON
 //! - [`lenient`]: JSON as upstreams send it, broken characters included
 //! - [`mod@read`]: lines → what the export formats are made of
 //! - [`export`]: those formats

@@ -8,7 +8,7 @@
 //!
 //! **Invariants:**
 //! - At rest nobody waits for a slot that is free and that he may have
-//!   ([`shares`](super::shares) keeps a few). Whoever frees one first
+//!   (`shares` keeps a few). Whoever frees one first
 //!   counts it as free and then asks whether anybody waits; whoever comes first
 //!   counts as waiting and then looks. Who finds the lock taken leaves a note,
 //!   and the holder reads it after he let go. What no slot tells of, such as the
