@@ -147,7 +147,7 @@ pub(super) fn header_value(text: &str) -> Result<Option<SecretRef>, String> {
 }
 
 /// Checks a regular expression: one that is not too large compiled, and that
-/// finds something.
+/// never finds an empty text.
 fn expression(text: &str) -> Result<(), String> {
     /// The most memory of one expression, in bytes.
     const BYTES_MAX: usize = 1024 * 1024;
@@ -162,7 +162,7 @@ fn expression(text: &str) -> Result<(), String> {
         .minimum_len()
         .is_none_or(|least| least == 0)
     {
-        return Err(format!("{} (it matches nothing at all)", found(text)));
+        return Err(format!("{} (it can match an empty text)", found(text)));
     }
     regex::RegexBuilder::new(text)
         .size_limit(BYTES_MAX)

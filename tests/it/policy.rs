@@ -500,7 +500,7 @@ routes: [{model: "*", groups: [g]}]
         "compiled",
         "prompt[1].replace[0]",
         "prompt[2].deny[0]",
-        "nothing at all",
+        "an empty text",
         "output[0].mask[0]",
         "media.data_url",
     ] {
