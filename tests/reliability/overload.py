@@ -143,7 +143,8 @@ async def two_keys(run, given, service, capacity):
     rare = at_rate(capacity / 20, given.seconds, lambda: one("rare"))
     share = await goodput(given.seconds, asyncio.gather(heavy, rare)) / peak
     client.close()
-    least = 0.5 if given.short else 0.9
+    # An eighth of the places is kept free for the rare key.
+    least = 0.5 if given.short else 0.87
     run.figure("goodput of two keys under 3x, of peak", share, share >= least, f">= {least}")
     most = 1 if given.short else 0
     run.figure("failures of the rare key", len(failures), len(failures) <= most, f"<= {most}")
