@@ -281,8 +281,11 @@ pub struct Attempt {
 pub enum Verdict {
     /// Its answer went to the client.
     Answered,
-    /// The request never left: DNS, connect or TLS failed.
+    /// The request never left: DNS or connect failed.
     NotSent,
+    /// There was no TLS to send it over: the handshake failed, or the
+    /// certificate is no good.
+    Tls,
     /// It could not be sent for want of a socket on this machine: our own fault.
     NoSocket,
     /// 429, 503, 529: turned away, not billed.
@@ -306,11 +309,18 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// Returns whether the upstream could not be reached, so that it cost it
+    /// nothing.
+    pub const fn is_unreached(self) -> bool {
+        matches!(self, Self::NotSent | Self::Tls)
+    }
+
     /// Returns the metric label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Answered => "answered",
             Self::NotSent => "not_sent",
+            Self::Tls => "tls",
             Self::NoSocket => "no_socket",
             Self::Rejected => "rejected",
             Self::Credential => "credential",

@@ -222,7 +222,7 @@ fn table(body: &Value) -> String {
             name.clone(),
             text(one, "group"),
             text(one, "state"),
-            text(one, "reason"),
+            reason(one),
             lasts.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.0}s")),
             text(one, "in_flight"),
         ]);
@@ -239,6 +239,15 @@ fn table(body: &Value) -> String {
     let mut lines = vec![columns(&rows)];
     lines.extend(open);
     lines.join("\n")
+}
+
+/// Returns why an upstream is in its state, as exactly as it is known.
+fn reason(one: &Value) -> String {
+    let reason = text(one, "reason");
+    match one.get("detail").and_then(Value::as_str) {
+        Some(detail) => format!("{reason}: {detail}"),
+        None => reason,
+    }
 }
 
 /// Pads the cells of each column to the widest.
@@ -272,11 +281,14 @@ mod tests {
             { "name": "b", "group": "gpus", "state": "ready", "reason": null,
               "seconds": null, "in_flight": 0,
               "breakers": [ { "model": "x\u{1b}[2J", "phase": "open", "seconds": 1.0 } ] },
+            { "name": "c", "group": "gpus", "state": "down", "reason": "tls",
+              "detail": "handshake_failed", "seconds": null, "in_flight": 0, "breakers": [] },
         ]});
         let lines = "\
-NAME   GROUP  STATE    REASON      FOR  IN FLIGHT
-gpu-1  gpus   cooling  rate_limit  7s   2
-b      gpus   ready    -           -    0
+NAME   GROUP  STATE    REASON                 FOR  IN FLIGHT
+gpu-1  gpus   cooling  rate_limit             7s   2
+b      gpus   ready    -                      -    0
+c      gpus   down     tls: handshake_failed  -    0
 breaker: upstream=b model=x\\u{1b}[2J phase=open";
         assert_eq!(table(&body), lines);
     }

@@ -121,7 +121,7 @@ impl Events {
             } => {
                 let level = match (*to, *reason) {
                     // Only people can mend these.
-                    (_, "key_bad" | "quota") => log::Level::Error,
+                    (_, "key_bad" | "quota" | "tls") => log::Level::Error,
                     ("down", _) => log::Level::Warn,
                     _ => log::Level::Info,
                 };

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::{
     context::Class,
     gateway::{Gateway, Snapshot},
-    upstreams::{State, Status, state::Reason},
+    upstreams::{State, Status, TlsFault, state::Reason},
 };
 
 /// Who reads a report.
@@ -109,6 +109,10 @@ pub fn upstreams(snapshot: &Snapshot) -> Value {
             "kind": upstream.config.kind.to_string(),
             "state": status.state.as_str(),
             "reason": reason(status),
+            "detail": upstream
+                .health
+                .tls_fault(&upstream.policy, now)
+                .map(TlsFault::as_str),
             "seconds": status.wait.map(|wait| wait.as_secs_f64()),
             "in_flight": upstream.in_flight(),
             "breakers": breakers,

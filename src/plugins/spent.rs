@@ -2,7 +2,7 @@
 //! hold callers to a number of them.
 
 use crate::{
-    context::{Ending, Outcome, RequestContext, Verdict},
+    context::{Ending, Outcome, RequestContext},
     openai::{
         ApiRequest, Endpoint,
         estimate::{prompt_tokens, tokens_of_bytes},
@@ -116,7 +116,7 @@ pub(super) fn counts(ctx: &RequestContext, outcome: &Outcome) -> bool {
 
 fn reached_upstream(ctx: &RequestContext) -> bool {
     let mut attempts = ctx.attempts.iter();
-    attempts.any(|attempt| attempt.verdict != Verdict::NotSent)
+    attempts.any(|attempt| !attempt.verdict.is_unreached())
 }
 
 /// Returns whether an answer of this call is text that a model writes.
@@ -134,7 +134,10 @@ pub(super) mod tests {
     use http::{HeaderMap, Method};
 
     use super::*;
-    use crate::{context::Attempt, openai::Usage};
+    use crate::{
+        context::{Attempt, Verdict},
+        openai::Usage,
+    };
 
     /// A chat request that has been parsed, with further members.
     pub(in crate::plugins) fn context(members: &str) -> RequestContext {
@@ -241,6 +244,7 @@ pub(super) mod tests {
         assert_eq!(Spent::of(&ctx, &left, 10).total(), 0);
         assert!(counts(&ctx, &left));
         ctx.attempts.push(attempt(Verdict::NotSent));
+        ctx.attempts.push(attempt(Verdict::Tls));
         assert!(!counts(&ctx, &outcome(Ending::ServerError, None)));
         ctx.attempts.push(attempt(Verdict::Failed));
         let failed = outcome(Ending::ServerError, None);

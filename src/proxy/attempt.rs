@@ -33,7 +33,7 @@ use crate::{
     openai::{ApiRequest, Endpoint, UpstreamError, retry_after},
     plugins::Chain,
     routes::Step,
-    upstreams::{Slot, Upstream, sockets},
+    upstreams::{Slot, TlsFault, Upstream, sockets},
 };
 
 /// The most of an error's body that is read to understand it.
@@ -246,11 +246,16 @@ impl Attempt<'_> {
                 // A name may have several addresses; the next is tried at once.
                 Waited::Done(Err(why)) => {
                     refused += 1;
-                    let another = self.upstream.not_sent(&peer, began, Instant::now());
+                    let (verdict, fault) = match &why {
+                        LinkError::Tls(fault, _) => (Verdict::Tls, Some(*fault)),
+                        _ => (Verdict::NotSent, None),
+                    };
+                    let now = Instant::now();
+                    let another = self.upstream.not_sent(&peer, fault, began, now);
                     if another && refused < ADDRESSES_MAX {
                         continue;
                     }
-                    return Ok(Err(Failure::new(Verdict::NotSent, why.to_string())));
+                    return Ok(Err(Failure::new(verdict, why.to_string())));
                 }
                 Waited::TooLate => {
                     let why = "no time left to connect";
@@ -284,6 +289,11 @@ impl Attempt<'_> {
                 }
                 Err(LinkFailure::Stale(why)) => {
                     return Ok(Err(Failure::new(Verdict::Failed, why)));
+                }
+                Err(LinkFailure::Refused(fault, why)) => {
+                    let now = Instant::now();
+                    self.upstream.not_sent(&peer, Some(fault), began, now);
+                    return Ok(Err(Failure::new(Verdict::Tls, why)));
                 }
                 Err(LinkFailure::Final(failure)) => return Ok(Err(failure)),
             }
@@ -536,6 +546,8 @@ enum LinkFailure {
     /// The connection broke before the first byte of an answer: if it came from
     /// the pool, the upstream had given it up.
     Stale(String),
+    /// The upstream ended TLS in place of an answer.
+    Refused(TlsFault, String),
     Final(Failure),
 }
 
@@ -549,6 +561,7 @@ impl From<LinkError> for LinkFailure {
     fn from(error: LinkError) -> Self {
         let cause = error.to_string();
         match error {
+            LinkError::Tls(fault, _) => Self::Refused(fault, cause),
             LinkError::Connect(_) => Self::Final(Failure::new(Verdict::NotSent, cause)),
             LinkError::NoSocket(_) => Self::Final(Failure::new(Verdict::NoSocket, cause)),
             LinkError::Broken(_) => Self::Stale(cause),

@@ -567,7 +567,7 @@ impl<'a> Exchange<'a> {
         }
         if failure.verdict == Verdict::NoSocket {
             self.metrics.limits.with_label_values(&["sockets"]).inc();
-        } else if failure.verdict != Verdict::NotSent {
+        } else if !failure.verdict.is_unreached() {
             self.last_answer = Some(failure.after(self.last_answer.take()));
         }
         if !ambiguous {
@@ -593,7 +593,7 @@ impl<'a> Exchange<'a> {
         let attempts = self.ctx.attempts.iter();
         let here = attempts.filter(|attempt| attempt.group == group.name);
         let counted = here.filter(|attempt| {
-            if attempt.verdict != Verdict::NotSent {
+            if !attempt.verdict.is_unreached() {
                 return true;
             }
             unsent += attempt.took;
@@ -713,6 +713,10 @@ impl<'a> Exchange<'a> {
         {
             return verdict::no_socket();
         }
+        let mut attempts = self.ctx.attempts.iter();
+        if self.last_answer.is_none() && attempts.any(|attempt| attempt.verdict == Verdict::Tls) {
+            return verdict::no_tls();
+        }
         if let Some(last) = &mut self.last_answer
             && (last.verdict == Verdict::Rejected || last.is_quota())
         {
@@ -795,6 +799,13 @@ fn nobody_asked(plan: &Plan) -> Error {
         .unwrap_or(RETRY_AFTER);
     let no_key =
         |(status, _): &(Status, Duration)| matches!(status.reason, Reason::KeyBad | Reason::Quota);
+    let unreached = |(status, _): &(Status, Duration)| {
+        matches!(status.reason, Reason::Tls | Reason::Connect | Reason::Check)
+    };
+    let tls = |(status, _): &(Status, Duration)| status.reason == Reason::Tls;
+    if serving.iter().all(unreached) && serving.iter().any(tls) {
+        return verdict::no_tls();
+    }
     let failure = match cooling {
         Some((status, wait)) => {
             let status = match status.reason {

@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use super::io::Prefixed;
-use crate::upstreams::{Upstream, sockets};
+use crate::upstreams::{TlsFault, Upstream, sockets};
 
 /// How long closing in good order may take: it waits until what is buffered has
 /// gone out, which it never does to an upstream that does not read.
@@ -95,6 +95,9 @@ pub(super) enum LinkError {
     /// No connection: the request was certainly not sent.
     #[error("connect: {0}")]
     Connect(Box<pingora::Error>),
+    /// No TLS: the request was certainly not done. Only the log is told more.
+    #[error("tls: {0}: {1}")]
+    Tls(TlsFault, Box<pingora::Error>),
     /// No connection, for want of a socket on this machine.
     #[error("no socket left: {0}")]
     NoSocket(Box<pingora::Error>),
@@ -137,9 +140,10 @@ pub(super) async fn connect_anew(
     // Boxed: it is 18 KB, and most attempts find a pooled connection.
     Box::pin(connector.new_stream(peer))
         .await
-        .map_err(|why| match sockets::is_ours(&why) {
-            true => LinkError::NoSocket(why),
-            false => LinkError::Connect(why),
+        .map_err(|why| match TlsFault::of(&why) {
+            _ if sockets::is_ours(&why) => LinkError::NoSocket(why),
+            Some(fault) => LinkError::Tls(fault, why),
+            None => LinkError::Connect(why),
         })
 }
 
@@ -193,6 +197,9 @@ impl Link {
         let mut session = HttpSession::new_with_options(sent.stream, peer);
         loop {
             if let Err(why) = session.read_response().await {
+                if let Some(fault) = TlsFault::of_silence(&why) {
+                    return Err(LinkError::Tls(fault, why));
+                }
                 return Err(match why.etype {
                     ErrorType::ConnectionClosed
                     | ErrorType::ReadError

@@ -68,7 +68,7 @@ pub(super) fn failure(step: &Step, slot: &Slot, failure: &mut Failure, metrics: 
             step.group.failed(slot, fault, now)
         }
         // What it means for the upstream was reported where it happened.
-        Verdict::NotSent => {
+        Verdict::NotSent | Verdict::Tls => {
             slot.upstream().contexts.unsent(slot.model());
             step.group.unsent(slot, now)
         }

@@ -222,6 +222,17 @@ pub(super) fn give_up(last_answer: Option<&Failure>, wait: Duration, model: &str
     }
 }
 
+/// 502: model servers are there, but there is no TLS with them: a certificate, or
+/// what we think of it, is to be mended by people.
+pub(super) fn no_tls() -> Error {
+    Error::new(
+        StatusCode::BAD_GATEWAY,
+        "server_error",
+        "upstream_tls",
+        "no secure connection to a model server can be made",
+    )
+}
+
 /// 503: there was no socket to ask anybody with.
 pub(super) fn no_socket() -> Error {
     Error::new(

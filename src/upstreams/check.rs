@@ -34,7 +34,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 
-use super::{sockets, upstream::Upstream};
+use super::{sockets, tls_fault::TlsFault, upstream::Upstream};
 use crate::{
     config::{self, Kind},
     metrics::Metrics,
@@ -68,6 +68,8 @@ pub enum Checked {
     Silent,
     /// It was not asked: this machine had no socket left.
     NotAsked,
+    /// There is no TLS with it.
+    Tls(TlsFault),
     /// It answered that it is not well, or could not be reached; why, for the
     /// log.
     Bad(String),
@@ -81,6 +83,7 @@ impl Checked {
             Self::Loading => "loading",
             Self::Silent => "silent",
             Self::NotAsked => "not_asked",
+            Self::Tls(_) => "tls",
             Self::Bad(_) => "bad",
         }
     }
@@ -331,6 +334,9 @@ fn judge(why: &Error) -> Checked {
     if sockets::is_ours(why) {
         return Checked::NotAsked;
     }
+    if let Some(fault) = TlsFault::of(why).or_else(|| TlsFault::of_silence(why)) {
+        return Checked::Tls(fault);
+    }
     match why.etype() {
         ErrorType::ConnectTimedout
         | ErrorType::ReadTimedout
@@ -400,8 +406,10 @@ async fn ask(probe: Probe, metrics: Arc<Metrics>) {
     let began = Instant::now();
     let checked = probe.run().await;
     let name = &*probe.upstream.name;
-    if let Checked::Bad(why) = &checked {
-        log::debug!("check failed: name={name} {why}");
+    match &checked {
+        Checked::Bad(why) => log::debug!("check failed: name={name} {why}"),
+        Checked::Tls(fault) => log::debug!("check failed: name={name} {}", fault.as_str()),
+        _ => {}
     }
     metrics
         .health_checks

@@ -6,7 +6,7 @@
 //!
 //! | what keeps requests away | set by | ended by |
 //! |---|---|---|
-//! | link: it cannot be reached | one connect that failed | good checks; without checks, one request at a time after 1 s, 2 s, … 30 s |
+//! | link: it cannot be reached, or not over TLS | one connect that failed | good checks; without checks, one request at a time after 1 s, 2 s, … 30 s |
 //! | checks: it says that it is not well | `fall` bad checks | `rise` good ones |
 //! | credential: bad, or out of money | 401, 403, 402, a hard quota | one request at a time after minutes |
 //! | loading: its model is not there yet | a check or an answer that says so | a check |
@@ -34,6 +34,7 @@ use super::{
     gate::{Gate, Pauses},
     policy::Policy,
     state::{Reason, State, Status},
+    tls_fault::TlsFault,
 };
 use crate::events::{Change, Events};
 
@@ -128,6 +129,8 @@ struct Inner {
     /// When a connect last failed of an upstream that was not known to be
     /// unreachable.
     link_lost: Option<Instant>,
+    /// What was wrong with TLS when it was last not reached.
+    tls: Option<TlsFault>,
     checks: Gate,
     key: Gate,
     key_fault: KeyFault,
@@ -194,6 +197,7 @@ impl Health {
                 link: Gate::default(),
                 link_slow: false,
                 link_lost: None,
+                tls: None,
                 checks: Gate::default(),
                 key: Gate::default(),
                 key_fault: KeyFault::Refused,
@@ -277,6 +281,17 @@ impl Health {
         self.lock().look(policy, now)
     }
 
+    /// Returns what is wrong with TLS, if that is why it is down.
+    pub fn tls_fault(&self, policy: &Policy, now: Instant) -> Option<TlsFault> {
+        if self.off {
+            return None;
+        }
+        let inner = self.lock();
+        inner
+            .tls
+            .filter(|_| inner.look(policy, now).reason == Reason::Tls)
+    }
+
     /// Returns the models whose breaker is not closed, with its phase as a word
     /// and how long nobody will try.
     pub fn breakers(&self, now: Instant) -> Vec<(Arc<str>, &'static str, Duration)> {
@@ -355,9 +370,10 @@ impl Health {
     // --- reports of requests ---
 
     /// Notes that a request could not be sent: DNS, connect or TLS failed, after
-    /// this long. Concerns every model.
-    pub fn not_sent(&self, took: Duration, policy: &Policy, now: Instant) {
+    /// this long; `tls` if it was that. Concerns every model.
+    pub fn not_sent(&self, took: Duration, tls: Option<TlsFault>, policy: &Policy, now: Instant) {
         self.change(policy, now, |inner| {
+            inner.tls = tls;
             if inner.link.shut(LINK, now) {
                 inner.link_lost = Some(now);
                 inner.schedule.soon(now);
@@ -810,8 +826,12 @@ impl Inner {
         if policy.drain || self.drained {
             return status(State::Draining, Reason::None, none);
         }
+        let or_tls = |reason| match self.tls {
+            Some(_) => Reason::Tls,
+            None => reason,
+        };
         if self.link.is_shut() {
-            return status(State::Down, Reason::Connect, none);
+            return status(State::Down, or_tls(Reason::Connect), none);
         }
         if self.key.is_shut() {
             let wait = self.key.wait(now);
@@ -824,7 +844,7 @@ impl Inner {
             return status(State::Loading, Reason::None, none);
         }
         if self.checks.is_shut() {
-            return status(State::Down, Reason::Check, none);
+            return status(State::Down, or_tls(Reason::Check), none);
         }
         if let Some(until) = self.cool.until.filter(|until| *until > now) {
             let reason = match self.cool.limited {
@@ -896,7 +916,11 @@ impl Inner {
                 self.loading(policy, now);
             }
             Checked::NotAsked => {}
-            Checked::Silent | Checked::Bad(_) => {
+            Checked::Silent | Checked::Bad(_) | Checked::Tls(_) => {
+                self.tls = match checked {
+                    Checked::Tls(fault) => Some(*fault),
+                    _ => None,
+                };
                 if self.schedule.bad(check.fall, began) {
                     self.loading_until = None;
                     if !self.checks.is_shut() {
@@ -964,7 +988,8 @@ mod tests {
         }
 
         fn not_sent(&self) -> &Self {
-            self.health.not_sent(secs(0.0), &self.policy, self.now);
+            let Self { health, policy, .. } = self;
+            health.not_sent(secs(0.0), None, policy, self.now);
             self
         }
 
@@ -1029,6 +1054,34 @@ mod tests {
         assert_eq!(bench.state(), (State::Ready, Reason::None));
         assert_eq!(bench.says("m"), Says::Go);
         assert_eq!(bench.health.ramp(), RAMP_FIRST);
+    }
+
+    #[test]
+    fn one_that_is_not_reached_for_tls_says_so_until_it_is_reached() {
+        let mut bench = Bench::new("{}");
+        let tls = |bench: &Bench| bench.health.tls_fault(&bench.policy, bench.now);
+        let expired = Some(TlsFault::Expired);
+        let Bench { health, policy, .. } = &bench;
+        health.not_sent(secs(0.0), expired, policy, bench.now);
+        assert_eq!(bench.state(), (State::Down, Reason::Tls));
+        assert_eq!(tls(&bench), expired);
+        // It is the last that counts.
+        bench.later(40.0).not_sent();
+        assert_eq!(bench.state(), (State::Down, Reason::Connect));
+        assert_eq!(tls(&bench), None);
+        bench.check(&Checked::Good).check(&Checked::Good);
+        let wrong = Checked::Tls(TlsFault::WrongName);
+        bench.check(&wrong).check(&wrong);
+        assert_eq!(bench.state(), (State::Degraded, Reason::Check));
+        assert_eq!(tls(&bench), None, "it is not down");
+        bench.check(&wrong);
+        assert_eq!(bench.state(), (State::Down, Reason::Tls));
+        assert_eq!(tls(&bench), Some(TlsFault::WrongName));
+        bench.check(&Checked::Good).check(&Checked::Good);
+        assert_eq!(
+            (bench.state(), tls(&bench)),
+            ((State::Ready, Reason::None), None)
+        );
     }
 
     #[test]

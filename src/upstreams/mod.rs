@@ -5,7 +5,7 @@
 //! [`Slot`] and to [`Group::failed`] what it saw.
 //!
 //! - [`url`]: a base URL, taken apart
-//! - [`tls`]: the authorities to trust
+//! - [`tls`]: the authorities to trust; [`tls_fault`]: why TLS failed
 //! - [`upstream`]: one upstream: headers, peer, slots
 //! - [`resolve`]: its name's addresses, kept fresh in the background
 //! - [`discovery`]: which models it says it has
@@ -39,6 +39,7 @@ pub mod sockets;
 pub mod state;
 pub mod strategies;
 pub mod tls;
+pub mod tls_fault;
 pub mod upstream;
 pub mod url;
 pub mod waiting;
@@ -53,6 +54,7 @@ pub use resolve::{Addresses, Unresolved};
 pub use state::{State, Status};
 pub use strategies::{STRATEGIES, Strategy};
 pub use tls::connector_options;
+pub use tls_fault::TlsFault;
 pub use upstream::{Continues, Refusal, Secrets, Slot, Upstream};
 pub use url::BaseUrl;
 pub use waiting::{Effort, Entered, Place, Seeker, Told, Waiting};

@@ -59,6 +59,8 @@ pub enum Reason {
     None,
     /// It cannot be reached.
     Connect,
+    /// There is no TLS with it: see [`TlsFault`](super::TlsFault).
+    Tls,
     /// It says of itself that it is not well.
     Check,
     /// It fails.
@@ -79,6 +81,7 @@ impl Reason {
         match self {
             Self::None => "-",
             Self::Connect => "connect",
+            Self::Tls => "tls",
             Self::Check => "check",
             Self::Breaker => "breaker",
             Self::RateLimit => "rate_limit",

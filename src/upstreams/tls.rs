@@ -251,7 +251,7 @@ OsMwjVFkYAIlyEt3eb6JMOv9iaBXmfKQjdh2t2gpMrVaVFKsXA18nr7u
                 return true;
             }
             let now = std::time::Instant::now();
-            upstream.not_sent(&peer, now, now);
+            upstream.not_sent(&peer, None, now, now);
         }
         false
     }

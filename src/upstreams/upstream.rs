@@ -40,6 +40,7 @@ use super::{
     resolve::{Addresses, Unresolved},
     state::{State, Status},
     tls::Authorities,
+    tls_fault::TlsFault,
     url::BaseUrl,
     waiting::{Lease, Waiting},
 };
@@ -546,20 +547,27 @@ impl Upstream {
     /// Notes that its name could not be resolved, which took from `began`.
     pub fn unresolved(&self, began: Instant, now: Instant) {
         let took = now.saturating_duration_since(began);
-        self.health.not_sent(took, &self.policy, now);
+        self.health.not_sent(took, None, &self.policy, now);
     }
 
     /// Notes that a request could not be sent to a peer, which took from
-    /// `began`. Returns whether the upstream has another address to try at once,
-    /// with a new [`Self::peer`]; if not, it is down.
-    pub fn not_sent(&self, peer: &HttpPeer, began: Instant, now: Instant) -> bool {
+    /// `began`; `fault` if it was for TLS. Returns whether the upstream has
+    /// another address to try at once, with a new [`Self::peer`]; if not, it is
+    /// down.
+    pub fn not_sent(
+        &self,
+        peer: &HttpPeer,
+        fault: Option<TlsFault>,
+        began: Instant,
+        now: Instant,
+    ) -> bool {
         let another = match peer._address {
             PeerAddr::Inet(at) => self.addresses.refused(at, now),
             PeerAddr::Unix(_) => false,
         };
         if !another {
             let took = now.saturating_duration_since(began);
-            self.health.not_sent(took, &self.policy, now);
+            self.health.not_sent(took, fault, &self.policy, now);
         }
         another
     }
@@ -1141,7 +1149,7 @@ pub(super) mod tests {
     fn a_refused_connection_takes_a_single_address_down() {
         let upstream = built("{ name: a, url: 'http://10.0.0.1' }");
         let now = Instant::now();
-        assert!(!upstream.not_sent(&upstream.peer().unwrap(), now, now));
+        assert!(!upstream.not_sent(&upstream.peer().unwrap(), None, now, now));
         assert_eq!(upstream.status(now).state, State::Down);
     }
 

@@ -5,12 +5,16 @@ use std::time::Duration;
 
 use crate::support::{
     self, Connection, Gateway, Scripted, chat, chat_stream, eventually, group_of,
-    http::{Answer, post_chat},
+    http::{Answer, get, post_chat},
     one_group,
     scripted::{json, tls_file},
     sim, upstream_at,
 };
 use forebay::sim::{Sim, State};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
 
 fn group_with(upstreams: &[String]) -> String {
     format!(
@@ -346,9 +350,11 @@ async fn a_certificate_that_nobody_vouches_for_is_not_accepted() {
     let answer = post_chat(gateway.addr, &chat("demo")).await;
     assert_eq!(
         (answer.status, answer.error_code().as_str()),
-        (503, "upstream_unavailable")
+        (502, "upstream_tls")
     );
     assert!(!answer.text().to_lowercase().contains("certificate"));
+    assert_eq!(gateway.state("up").await, "down tls");
+    gateway.logged("reason=tls").await;
 
     // It was not sent, so the next may be asked freely.
     let upstreams = [upstream_at("up", &url, ""), upstream_at("b", &b.url(), "")];
@@ -366,8 +372,8 @@ async fn an_own_authority_beside_the_configuration_is_trusted_and_the_name_still
     for (host, at, wanted) in [
         ("127.0.0.1", &upstream, 200),
         ("localhost", &upstream, 200),
-        ("127.0.0.1", &elsewhere, 503),
-        ("localhost", &elsewhere, 503),
+        ("127.0.0.1", &elsewhere, 502),
+        ("localhost", &elsewhere, 502),
     ] {
         let url = format!("https://{host}:{}/v1", at.addr.port());
         let yaml = group_with(&[upstream_at("up", &url, "tls: { ca: authority.pem }")]);
@@ -395,7 +401,7 @@ async fn an_authority_that_did_not_sign_it_does_not_help() {
     let other = include_str!("../../conf/examples/ca.pem");
     let yaml = group_with(&[upstream_at("up", &url, "tls: { ca: other.pem }")]);
     let gateway = Gateway::start_with(&yaml, &[("other.pem", other)], &[]).await;
-    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 503);
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 502);
     assert_eq!(upstream.requests().len(), 0);
 }
 
@@ -418,4 +424,110 @@ async fn a_certificate_is_not_checked_where_that_is_wanted_and_said_aloud() {
         head.starts_with("POST /v1/chat/completions HTTP/1.1\r\n"),
         "{head}"
     );
+}
+
+/// What is wrong with TLS to an upstream, as people are shown.
+async fn tls_fault(gateway: &Gateway) -> String {
+    let all = get(gateway.admin, "/upstreams").await.json();
+    let detail = all["upstreams"][0]["detail"].as_str();
+    detail.unwrap_or_default().to_owned()
+}
+
+#[tokio::test]
+async fn each_failure_of_tls_is_told_as_such_and_shown_with_its_reason() {
+    let answer = || json(200, r#"{"choices":[]}"#);
+    let (trusted, past) = ("authority.pem", "expired-authority.pem");
+    let files: Vec<(&str, String)> = [trusted, past]
+        .map(|name| (name, std::fs::read_to_string(tls_file(name)).unwrap()))
+        .into();
+    let files: Vec<(&str, &str)> = files.iter().map(|(name, pem)| (*name, &**pem)).collect();
+    let series = |verdict: &str| {
+        format!("forebay_attempts_total{{group=\"g\",upstream=\"up\",verdict=\"{verdict}\"}}")
+    };
+    for (server, authority, fault) in [
+        (
+            Scripted::over_tls("expired", answer()).await,
+            past,
+            "certificate_expired",
+        ),
+        (
+            Scripted::over_tls("elsewhere", answer()).await,
+            trusted,
+            "certificate_for_another_name",
+        ),
+        (
+            Scripted::over_tls("server", answer()).await,
+            past,
+            "certificate_not_trusted",
+        ),
+        (
+            Scripted::among_friends(answer()).await,
+            trusted,
+            "handshake_refused",
+        ),
+    ] {
+        let url = format!("https://127.0.0.1:{}/v1", server.addr.port());
+        let keys = format!("tls: {{ ca: {authority} }}");
+        let yaml = group_with(&[upstream_at("up", &url, &keys)]);
+        let gateway = Gateway::start_with(&yaml, &files, &[]).await;
+        let told = post_chat(gateway.addr, &chat("demo")).await;
+        let code = told.error_code();
+        assert_eq!((told.status, &*code), (502, "upstream_tls"), "{fault}");
+        assert_eq!(gateway.state("up").await, "down tls", "{fault}");
+        assert_eq!(tls_fault(&gateway).await, fault);
+        assert_eq!(gateway.metric(&series("tls")).await, Some(1.0), "{fault}");
+        assert_eq!(gateway.metric(&series("not_sent")).await, None, "{fault}");
+        gateway.logged("error=upstream_tls").await;
+        assert_eq!(server.asked(), 0, "{fault}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_no_tls_is_told_from_one_that_is_not_there() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}/v1", listener.local_addr().unwrap());
+    let serving = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let said = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n";
+            stream.write_all(said).await.ok();
+            stream.read(&mut [0; 1024]).await.ok();
+        }
+    });
+    let gateway = Gateway::start(&group_with(&[upstream_at("up", &url, "")])).await;
+    let told = post_chat(gateway.addr, &chat("demo")).await;
+    assert_eq!((told.status, &*told.error_code()), (502, "upstream_tls"));
+    assert_eq!(tls_fault(&gateway).await, "handshake_failed");
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_failure_of_tls_costs_nothing_where_another_can_answer_and_is_over_when_it_is_mended() {
+    let pem = std::fs::read_to_string(tls_file("authority.pem")).unwrap();
+    let upstream = Scripted::over_tls("server", json(200, r#"{"choices":[]}"#)).await;
+    let b = sim("b").await;
+    let url = format!("https://127.0.0.1:{}/v1", upstream.addr.port());
+    let yaml = |tls: &str| {
+        group_with(&[
+            upstream_at("up", &url, &format!("weight: 1000{tls}")),
+            upstream_at("b", &b.url(), ""),
+        ])
+        .replace("    upstreams:", "    check: { every: 1h }\n    upstreams:")
+    };
+    let files = [("authority.pem", pem.as_str())];
+    let gateway = Gateway::start_with(&yaml(""), &files, &[]).await;
+    for _ in 0..20 {
+        let answer = post_chat(gateway.addr, &chat("demo")).await;
+        assert_eq!((answer.status, answer.upstream()), (200, "b"));
+    }
+    // It was found out once, and then known.
+    let series = "forebay_attempts_total{group=\"g\",upstream=\"up\",verdict=\"tls\"}";
+    assert!(gateway.metric(series).await.unwrap_or_default() <= 1.0);
+    assert_eq!(tls_fault(&gateway).await, "certificate_not_trusted");
+    gateway.write_config(&yaml(", tls: { ca: authority.pem }"));
+    gateway.reload().await;
+    eventually("it is used", || async {
+        post_chat(gateway.addr, &chat("demo")).await.upstream() == "up"
+    })
+    .await;
+    assert_eq!(tls_fault(&gateway).await, "");
 }

@@ -8,7 +8,8 @@ use std::{
 };
 
 use pingora::tls::{
-    ServerConfig, TlsAcceptor, install_default_crypto_provider, load_certs_and_key_files,
+    CertificateDer, PrivateKeyDer, RootCertStore, ServerConfig, TlsAcceptor, WebPkiClientVerifier,
+    install_default_crypto_provider, load_ca_file_into_store, load_certs_and_key_files,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -59,18 +60,33 @@ impl Scripted {
         Self::start(answers.collect(), None).await
     }
 
-    /// The same over TLS, with a certificate of [`tls_file`]: `server` or
-    /// `elsewhere`.
+    /// The same over TLS, with a certificate of [`tls_file`]: `server`,
+    /// `elsewhere` or `expired`.
     pub async fn over_tls(certificate: &str, answer: impl Into<Vec<u8>>) -> Self {
         install_default_crypto_provider();
-        let file = |end: &str| tls_file(&format!("{certificate}.{end}"));
-        let (certificates, key) = load_certs_and_key_files(&file("pem"), &file("key"))
-            .unwrap()
-            .unwrap();
+        let (certificates, key) = certificate_of(certificate);
         let config = ServerConfig::builder()
             .with_no_client_auth()
             .with_single_cert(certificates, key)
             .unwrap();
+        Self::over(config, answer).await
+    }
+
+    /// The same, as `server`, for clients with a certificate of the authority.
+    pub async fn among_friends(answer: impl Into<Vec<u8>>) -> Self {
+        install_default_crypto_provider();
+        let mut friends = RootCertStore::empty();
+        load_ca_file_into_store(tls_file("authority.pem"), &mut friends).unwrap();
+        let verifier = WebPkiClientVerifier::builder(Arc::new(friends));
+        let (certificates, key) = certificate_of("server");
+        let config = ServerConfig::builder()
+            .with_client_cert_verifier(verifier.build().unwrap())
+            .with_single_cert(certificates, key)
+            .unwrap();
+        Self::over(config, answer).await
+    }
+
+    async fn over(config: ServerConfig, answer: impl Into<Vec<u8>>) -> Self {
         let answers = vec![(String::new(), answer.into())];
         Self::start(answers, Some(Arc::new(config).into())).await
     }
@@ -129,10 +145,17 @@ impl Drop for Scripted {
 
 /// A file of the tests' own authority, `authority.pem`, which signed `server`
 /// (for 127.0.0.1 and localhost) and `elsewhere` (for elsewhere.test), each a
-/// `.pem` and a `.key`, for a hundred years. They protect nothing.
+/// `.pem` and a `.key`, for a hundred years; or of `expired-authority.pem`, which
+/// signed `expired`, until 2021. They protect nothing.
 pub fn tls_file(name: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/tls");
     folder.join(name).to_str().unwrap().to_owned()
+}
+
+fn certificate_of(name: &str) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+    let file = |end: &str| tls_file(&format!("{name}.{end}"));
+    let loaded = load_certs_and_key_files(&file("pem"), &file("key"));
+    loaded.unwrap().unwrap()
 }
 
 /// The bytes of an answer with a length.
