@@ -18,7 +18,7 @@ pub(super) fn expected(format: &str) -> Option<&'static str> {
         "rate" => "a rate such as 60/min, 200k/min, 5/s or 1000/day",
         "path" => "a path such as /health",
         "store" => "a store such as sqlite:forebay.db",
-        "secret" => "env:NAME or file:path",
+        "secret" => "env:NAME, file:path or credential:NAME",
         "listen" => "an IP address and a port such as 127.0.0.1:7070",
         "base_url" => "a base URL such as http://127.0.0.1:8000/v1",
         "name" => "a name of letters, digits, dots, dashes and underscores (at most 64)",
@@ -50,7 +50,7 @@ pub(super) fn json_schema_pattern(format: &str) -> Option<&'static str> {
         "rate" => "^[0-9]+(\\.[0-9]+)?[kMG]? */ *(s|sec|second|m|min|minute|h|hour|d|day)$",
         "path" => "^/[!-~]*$",
         "store" => "^[a-z]+:.+$",
-        "secret" => "^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)$",
+        "secret" => "^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+|credential:[A-Za-z0-9_.@-]+)$",
         "listen" => "^([0-9]{1,3}(\\.[0-9]{1,3}){3}|\\[[0-9a-fA-F:.]+\\]):[0-9]{1,5}$",
         "base_url" => "^https?://[^\\s@?#]+$",
         "name" => "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
@@ -133,7 +133,10 @@ pub(super) fn header_name(name: &str) -> Result<(), String> {
 
 /// Checks a header's value; returns the reference if it is one.
 pub(super) fn header_value(text: &str) -> Result<Option<SecretRef>, String> {
-    if text.starts_with("env:") || text.starts_with("file:") {
+    if ["env:", "file:", "credential:"]
+        .iter()
+        .any(|kind| text.starts_with(kind))
+    {
         secret(text)?;
         return text.parse().map(Some);
     }
@@ -235,6 +238,9 @@ fn secret(text: &str) -> Result<(), String> {
         Ok(SecretRef::File(path)) if path.trim().is_empty() || path.contains('\0') => {
             Err("found file: without a path".to_owned())
         }
+        Ok(SecretRef::Credential(name)) if !is_credential(&name) => Err(
+            "found credential: with what is no credential's name (it is not shown here)".to_owned(),
+        ),
         Ok(_) => Ok(()),
         Err(_) if text.trim().is_empty() => Err("found blank text".to_owned()),
         Err(_) => Err(
@@ -242,6 +248,13 @@ fn secret(text: &str) -> Result<(), String> {
                 .to_owned(),
         ),
     }
+}
+
+/// systemd takes any file name; no file of another folder may be named.
+fn is_credential(name: &str) -> bool {
+    name.bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"_.@-".contains(&b))
+        && !name.starts_with('.')
 }
 
 fn is_variable(name: &str) -> bool {
@@ -381,8 +394,18 @@ mod tests {
             ),
             (
                 "secret",
-                vec!["env:KEY", "file:/run/key"],
-                vec!["", "sk-1", "env:", "env:a-b", "${KEY}", "file: "],
+                vec!["env:KEY", "file:/run/key", "credential:secrets_openai"],
+                vec![
+                    "",
+                    "sk-1",
+                    "env:",
+                    "env:a-b",
+                    "${KEY}",
+                    "file: ",
+                    "credential:",
+                    "credential:../key",
+                    "credential:..",
+                ],
             ),
             (
                 "listen",

@@ -10,7 +10,7 @@
 //!   [`Config`]
 //! - [`units`], [`amounts`]: `30s`, `32MiB`, `20%`; `200k`, `60/min`, `2.50`
 //! - [`plugin_entry`]: one line of a plugin list
-//! - [`secret`]: `env:NAME`, `file:path`
+//! - [`secret`]: `env:NAME`, `file:path`, `credential:NAME`
 //!
 //! How a file is read ([`load()`]), so that every problem is told at once and
 //! with its line, where serde would stop at the first and know no lines:

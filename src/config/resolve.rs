@@ -1,6 +1,6 @@
 //! Reads what a configuration names outside itself: secrets and certificates.
 //!
-//! An unset `env:` on an upstream that is `optional: true` switches that
+//! An unset `env:`, or a `credential:` that is not there, on an upstream that is `optional: true` switches that
 //! upstream off with a warning; anything else that cannot be read is a problem.
 //!
 //! **Invariant:** no message here holds any part of a secret.
@@ -46,15 +46,18 @@ pub(super) fn resolve(
             (Ok(secret), _) => {
                 resolved.secrets.insert(one.reference.clone(), secret);
             }
-            (Err(SecretError::Unset(name)), Some((_, upstream))) if upstream.optional => {
+            (
+                Err(why @ (SecretError::Unset(_) | SecretError::NoCredential(..))),
+                Some((_, upstream)),
+            ) if upstream.optional => {
                 resolved.disabled.insert(upstream.name.clone());
                 let message = format!(
-                    "environment variable {name} is not set: upstream {} is switched off (optional: true)",
+                    "{why}: upstream {} is switched off (optional: true)",
                     upstream.name
                 );
                 report.warning(one.mark, &one.path, message);
             }
-            (Err(why @ SecretError::Unset(_)), Some(_)) => {
+            (Err(why @ (SecretError::Unset(_) | SecretError::NoCredential(..))), Some(_)) => {
                 let message = format!(
                     "{why}; set it, or give the upstream optional: true to start without it"
                 );

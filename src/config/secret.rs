@@ -1,4 +1,5 @@
-//! Secrets: named in the YAML as `env:NAME` or `file:path`, never written there.
+//! Secrets: named in the YAML as `env:NAME`, `file:path` or `credential:NAME`, never
+//! written there.
 //!
 //! **Invariant:** no `Debug`, `Display` or `Serialize` of anything here shows a
 //! secret's value; only [`Secret::expose`] does.
@@ -21,7 +22,13 @@ pub enum SecretRef {
     /// `file:path`, a file whose content, without white space around it, is the
     /// secret; a relative path is relative to the configuration file.
     File(String),
+    /// `credential:NAME`, what systemd was told to load for the service
+    /// (`LoadCredential=`), by the name it has there (systemd.exec(5), Credentials).
+    Credential(String),
 }
+
+/// The variable in which systemd tells a service where its credentials are.
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 
 /// Why a secret could not be read. Never holds any part of one.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +36,9 @@ pub enum SecretError {
     /// The variable does not exist, or is empty.
     #[error("environment variable {0} is not set")]
     Unset(String),
+    /// systemd gave the process no such credential, or did not start it.
+    #[error("credential {0} is not there: {1}")]
+    NoCredential(String, &'static str),
     /// The file cannot be read.
     #[error("file {path} cannot be read: {source}")]
     File {
@@ -50,23 +60,24 @@ impl SecretRef {
     /// mistakes in any case.
     pub fn read(&self, base: &Path) -> Result<Secret, SecretError> {
         let text = match self {
-            #[expect(
-                clippy::disallowed_methods,
-                reason = "the one place that reads secrets from the environment"
-            )]
-            Self::Env(name) => match std::env::var(name) {
-                Ok(value) if !value.trim().is_empty() => value,
-                _ => return Err(SecretError::Unset(name.clone())),
+            Self::Env(name) => match variable(name) {
+                Some(value) => value,
+                None => return Err(SecretError::Unset(name.clone())),
             },
-            Self::File(path) => {
-                let path = base.join(path);
-                let error = |source| SecretError::File {
-                    path: path.display().to_string(),
-                    source,
-                };
-                let bytes = read_bounded(&path, SECRET_MAX).map_err(error)?;
-                String::from_utf8(bytes)
-                    .map_err(|_bytes| SecretError::Unusable(self.to_string()))?
+            Self::File(path) => self.read_file(&base.join(path))?,
+            Self::Credential(name) => {
+                let missing = |why| SecretError::NoCredential(name.clone(), why);
+                let folder = variable(CREDENTIALS).ok_or_else(|| {
+                    missing("systemd did not start this process with credentials")
+                })?;
+                match self.read_file(&Path::new(&folder).join(name)) {
+                    Err(SecretError::File { source, .. })
+                        if source.kind() == std::io::ErrorKind::NotFound =>
+                    {
+                        return Err(missing("the unit loads none of that name"));
+                    }
+                    read => read?,
+                }
             }
         };
         let text = text.trim();
@@ -75,6 +86,24 @@ impl SecretRef {
         }
         Ok(Secret(text.into()))
     }
+
+    fn read_file(&self, path: &Path) -> Result<String, SecretError> {
+        let bytes = read_bounded(path, SECRET_MAX).map_err(|source| SecretError::File {
+            path: path.display().to_string(),
+            source,
+        })?;
+        String::from_utf8(bytes).map_err(|_bytes| SecretError::Unusable(self.to_string()))
+    }
+}
+
+/// Returns a variable of the environment that is set to more than blanks.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place that reads secrets from the environment"
+)]
+fn variable(name: &str) -> Option<String> {
+    let value = std::env::var(name).ok()?;
+    (!value.trim().is_empty()).then_some(value)
 }
 
 impl FromStr for SecretRef {
@@ -84,7 +113,8 @@ impl FromStr for SecretRef {
         match text.split_once(':') {
             Some(("env", name)) if !name.is_empty() => Ok(Self::Env(name.to_owned())),
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.to_owned())),
-            _ => Err("env:NAME or file:path".to_owned()),
+            Some(("credential", name)) if !name.is_empty() => Ok(Self::Credential(name.to_owned())),
+            _ => Err("env:NAME, file:path or credential:NAME".to_owned()),
         }
     }
 }
@@ -94,6 +124,7 @@ impl fmt::Display for SecretRef {
         match self {
             Self::Env(name) => write!(f, "env:{name}"),
             Self::File(path) => write!(f, "file:{path}"),
+            Self::Credential(name) => write!(f, "credential:{name}"),
         }
     }
 }

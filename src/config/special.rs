@@ -177,8 +177,9 @@ impl<'a> Checker<'a> {
                     kept.insert(name, entry);
                 }
                 Err(found) => {
-                    let message =
-                        format!("expected a header's value, or env:NAME or file:path, {found}");
+                    let message = format!(
+                        "expected a header's value, or env:NAME, file:path or credential:NAME, {found}"
+                    );
                     self.report.problem(entry.value_mark(), &path, message);
                 }
             }

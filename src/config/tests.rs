@@ -216,7 +216,7 @@ fn a_message_says_what_was_expected_and_what_was_found() {
         ),
         (
             "admin: {key: $KEY}",
-            "admin.key: expected env:NAME or file:path, found a variable written with $: write env:NAME",
+            "admin.key: expected env:NAME, file:path or credential:NAME, found a variable written with $: write env:NAME",
         ),
         (
             "threads:",

@@ -110,7 +110,7 @@ impl Pass<'_> {
         }
         if admin_address.is_some_and(|a| !a.ip().is_loopback()) && admin.key.is_none() {
             let message = format!(
-                "expected env:NAME or file:path, found nothing: key is required, since {} can be reached from other machines",
+                "expected env:NAME, file:path or credential:NAME, found nothing: key is required, since {} can be reached from other machines",
                 admin.listen
             );
             self.problem("admin.key", message);

@@ -197,6 +197,54 @@ fn check_prints_what_is_in_effect_without_secrets_and_as_a_configuration() {
     assert_eq!(out(&again), printed);
 }
 
+#[test]
+fn a_credential_of_systemd_is_a_secret_and_may_be_missing_where_it_is_optional() {
+    let folder = tempfile::tempdir().unwrap();
+    let yaml = format!(
+        "plugins: [ auth: none ]\n{}",
+        MINIMAL.replace(
+            "kind: ollama,",
+            "kind: ollama, key: credential:secrets_ollama,"
+        )
+    );
+    fs::write(folder.path().join("forebay.yaml"), &yaml).unwrap();
+    let optional = yaml.replace("kind: ollama,", "kind: ollama, optional: true,");
+    fs::write(folder.path().join("optional.yaml"), optional).unwrap();
+    let check = |file: &str, credentials: Option<&Path>| {
+        let mut forebay = command();
+        forebay
+            .args(["check", "-c", file])
+            .current_dir(folder.path());
+        forebay.env_clear();
+        if let Some(credentials) = credentials {
+            forebay.env("CREDENTIALS_DIRECTORY", credentials);
+        }
+        let output = forebay.output().unwrap();
+        (output.status.code(), err(&output))
+    };
+    let loaded = tempfile::tempdir().unwrap();
+    for (credentials, why) in [
+        (None, "systemd did not start this process with credentials"),
+        (Some(loaded.path()), "the unit loads none of that name"),
+    ] {
+        let (code, said) = check("forebay.yaml", credentials);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(
+            said.contains("credential secrets_ollama is not there"),
+            "{said}"
+        );
+        assert!(said.contains(why), "{said}");
+        let (code, said) = check("optional.yaml", credentials);
+        assert_eq!(code, Some(0), "{said}");
+        assert!(said.contains("upstream ollama is switched off"), "{said}");
+    }
+    fs::write(loaded.path().join("secrets_ollama"), "of-systemd\n").unwrap();
+    assert_eq!(
+        check("forebay.yaml", Some(loaded.path())),
+        (Some(0), String::new())
+    );
+}
+
 #[tokio::test]
 async fn an_optional_upstream_without_its_key_is_switched_off_with_a_warning() {
     let gpu = sim("gpu-1").await;
