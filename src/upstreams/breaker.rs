@@ -157,6 +157,8 @@ pub(super) struct Breaker {
     window: Window,
     /// Requests that are being answered right now.
     pub(super) answering: u32,
+    /// Whether it has ever answered with this model.
+    answered: bool,
     last_used: Option<Instant>,
 }
 
@@ -168,6 +170,8 @@ struct Shut {
     ticket: u64,
     /// When somebody last began to try.
     tried: Instant,
+    /// Whether that was before the time.
+    early: bool,
     /// When who tries got the first token.
     token: Option<Instant>,
 }
@@ -195,11 +199,12 @@ impl Breaker {
     /// Returns whether a request may go when there is nobody else at all.
     pub(super) fn says_in_panic(&self, rules: &Rules, now: Instant) -> Says {
         match (&self.shut, self.says(now)) {
-            (Some(shut), Says::Stop)
-                if shut.ticket == 0 && !rules.strict && now >= shut.tried + PANIC_EVERY =>
-            {
+            (Some(_), Says::Stop) if rules.strict => Says::Stop,
+            (Some(shut), Says::Stop) if shut.ticket == 0 && now >= shut.tried + PANIC_EVERY => {
                 Says::Try
             }
+            // Whoever tries is being answered: better than nobody.
+            (Some(shut), Says::Stop) if shut.ticket != 0 && shut.token.is_some() => Says::Go,
             (_, says) => says,
         }
     }
@@ -216,6 +221,7 @@ impl Breaker {
     pub(super) fn begin_try(&mut self, ticket: u64, now: Instant) {
         if let Some(shut) = &mut self.shut {
             (shut.ticket, shut.tried, shut.token) = (ticket, now, None);
+            shut.early = now < shut.until;
         }
     }
 
@@ -230,6 +236,7 @@ impl Breaker {
     /// Notes a first token of a request that began at `began`.
     pub(super) fn token(&mut self, began: Instant, now: Instant) {
         self.answering += 1;
+        self.answered = true;
         self.last_used = Some(now);
         if self.is_news(began)
             && let Some(shut) = self.shut.as_mut().filter(|shut| shut.ticket != 0)
@@ -241,6 +248,7 @@ impl Breaker {
     /// Notes a whole answer.
     pub(super) fn succeeded(&mut self, rules: &Rules, began: Instant, now: Instant) -> Came {
         let settled = self.settle(now);
+        self.answered = true;
         self.last_used = Some(now);
         if !self.is_news(began) {
             return settled;
@@ -279,9 +287,15 @@ impl Breaker {
             }
             self.died = Some(now);
         }
-        if let Some(shut) = &self.shut {
+        if let Some(shut) = &mut self.shut {
             if shut.ticket == 0 {
                 return settled;
+            }
+            if shut.early {
+                // It went only since there was nobody else: its time neither
+                // doubles nor begins anew.
+                (shut.ticket, shut.token) = (0, None);
+                return Came::Changed;
             }
             self.open(rules, now);
             return Came::Changed;
@@ -313,6 +327,23 @@ impl Breaker {
         };
     }
 
+    /// Lets somebody try at once: what it opened for seems to be over. Never where
+    /// the configuration names how long it stays open.
+    pub(super) fn hurry(&mut self, rules: &Rules, now: Instant) -> Came {
+        match &mut self.shut {
+            Some(shut) if !rules.strict && now < shut.until => {
+                shut.until = now;
+                Came::Changed
+            }
+            _ => Came::Nothing,
+        }
+    }
+
+    /// Returns whether it has opened since then.
+    pub(super) fn has_opened_since(&self, since: Instant) -> bool {
+        self.opened.is_some_and(|opened| opened >= since)
+    }
+
     /// Makes a trusted stream count; call before anything is noted.
     pub(super) fn settle(&mut self, now: Instant) -> Came {
         if self.shut.as_ref().is_some_and(|shut| shut.trusted(now)) {
@@ -323,10 +354,27 @@ impl Breaker {
         Came::Nothing
     }
 
-    /// Returns whether nothing of interest would be lost with it.
+    /// Returns whether nothing of interest would be lost with it: nobody has come
+    /// for a window, nor since somebody might have tried.
     pub(super) fn is_forgettable(&self, rules: &Rules, now: Instant) -> bool {
         let old = |at: Instant| now.saturating_duration_since(at) > rules.window;
-        self.shut.is_none() && self.answering == 0 && self.last_used.is_none_or(old)
+        let is_shut = self
+            .shut
+            .as_ref()
+            .is_some_and(|shut| shut.ticket != 0 || !old(shut.until));
+        !is_shut && self.answering == 0 && self.last_used.is_none_or(old)
+    }
+
+    /// Returns what it is worth to know, if it may be forgotten at all: what never
+    /// answered with a model may not even have it. What stops requests with one
+    /// that it has stays.
+    pub(super) fn worth(&self) -> Option<(bool, Option<Instant>)> {
+        let is_idle = self.answering == 0;
+        let may_go = match &self.shut {
+            None => is_idle,
+            Some(shut) => is_idle && !self.answered && shut.ticket == 0,
+        };
+        may_go.then_some((self.answered, self.last_used))
     }
 
     fn is_news(&self, began: Instant) -> bool {
@@ -357,6 +405,7 @@ impl Breaker {
             until: now + pause,
             ticket: 0,
             tried: now,
+            early: false,
             token: None,
         });
     }
@@ -483,6 +532,10 @@ mod tests {
 
         fn try_it(&mut self) -> u64 {
             assert_eq!(self.breaker.says(self.now), Says::Try);
+            self.begin()
+        }
+
+        fn begin(&mut self) -> u64 {
             self.tickets += 1;
             self.breaker.begin_try(self.tickets, self.now);
             self.tickets
@@ -689,6 +742,49 @@ mod tests {
             bench.breaker.says_in_panic(&bench.rules, bench.now),
             Says::Try
         );
+    }
+
+    #[test]
+    fn tries_before_the_time_close_it_and_never_make_it_longer() {
+        let mut bench = Bench::new("{}");
+        for _ in 0..5 {
+            bench.fail();
+        }
+        let until = bench.wait();
+        let panic = |bench: &Bench| bench.breaker.says_in_panic(&bench.rules, bench.now);
+        for nth in 1..5 {
+            assert_eq!(panic(bench.later(1.0)), Says::Try);
+            bench.begin();
+            assert_eq!(panic(&bench), Says::Stop);
+            bench.fail();
+            assert!((bench.wait() + f64::from(nth) - until).abs() < 0.001);
+        }
+        // Whoever tries is being answered.
+        bench.later(1.0).begin();
+        bench.breaker.token(bench.now, bench.now);
+        assert_eq!(panic(&bench), Says::Go);
+        bench.succeed();
+        assert_eq!(bench.phase(), Phase::Closed);
+    }
+
+    #[test]
+    fn one_that_is_hurried_is_tried_at_once_and_opens_for_longer_if_it_fails() {
+        let mut bench = Bench::new("{}");
+        for _ in 0..5 {
+            bench.fail();
+        }
+        bench.later(1.0);
+        let came = bench.breaker.hurry(&bench.rules, bench.now);
+        assert_eq!(came, Came::Changed);
+        assert_eq!(bench.breaker.says(bench.now), Says::Try);
+        bench.try_it();
+        bench.fail();
+        assert!((10.0..=12.0).contains(&bench.wait()), "{}", bench.wait());
+        let mut named = Bench::new("{ failures: 3, open: 60s }");
+        named.fail().fail().fail();
+        let came = named.breaker.hurry(&named.rules, named.now);
+        assert_eq!(came, Came::Nothing);
+        assert_eq!(named.phase(), Phase::Open);
     }
 
     #[test]

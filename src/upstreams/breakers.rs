@@ -1,8 +1,10 @@
 //! The breakers of one upstream, one per model.
 //!
-//! **Invariant:** at most 64 are kept, for the names come from
-//! clients. One that is closed and unused for a window makes room; beyond that
-//! all further models share one.
+//! **Invariant:** at most 64 are kept, for the names come from clients, and no
+//! model's breaker is another's: a client that makes up names takes out none but
+//! those. Room is made by what nobody has used for a window, then by names that
+//! the upstream has never answered to, then by closed ones, the longest unused
+//! first. Where even that is not enough, a further model has no breaker.
 
 use std::{
     collections::HashMap,
@@ -19,8 +21,6 @@ const MODELS_MAX: usize = 64;
 #[derive(Debug, Default)]
 pub(super) struct Breakers {
     own: HashMap<Arc<str>, Breaker>,
-    /// Of all models that there was no room for.
-    rest: Breaker,
     /// What was last told of those that were not closed.
     told: HashMap<Arc<str>, Phase>,
 }
@@ -28,43 +28,59 @@ pub(super) struct Breakers {
 impl Breakers {
     /// Returns the breaker of a model, to look at.
     pub(super) fn of(&self, model: &str) -> Option<&Breaker> {
-        if let Some(own) = self.own.get(model) {
-            return Some(own);
-        }
-        (self.own.len() >= MODELS_MAX).then_some(&self.rest)
+        self.own.get(model)
     }
 
     /// Returns the breaker of a model, to note something; made at the first.
-    pub(super) fn of_mut(&mut self, model: &Arc<str>, rules: &Rules, now: Instant) -> &mut Breaker {
-        // Two look-ups: the borrow checker does not see that the first found none.
-        if !self.own.contains_key(model) {
+    /// `None` if there is no room.
+    pub(super) fn of_mut(
+        &mut self,
+        model: &Arc<str>,
+        rules: &Rules,
+        now: Instant,
+    ) -> Option<&mut Breaker> {
+        if self.own.len() >= MODELS_MAX && !self.own.contains_key(model) {
+            self.make_room(rules, now);
             if self.own.len() >= MODELS_MAX {
-                self.own
-                    .retain(|_, breaker| !breaker.is_forgettable(rules, now));
+                return None;
             }
-            if self.own.len() >= MODELS_MAX {
-                return &mut self.rest;
-            }
-            // There is room again: nobody asks this one any more, and what it
-            // says would keep the upstream from ever being in order.
-            self.rest = Breaker::default();
         }
-        self.own.entry(Arc::clone(model)).or_default()
+        Some(self.own.entry(Arc::clone(model)).or_default())
+    }
+
+    fn make_room(&mut self, rules: &Rules, now: Instant) {
+        self.own
+            .retain(|_, breaker| !breaker.is_forgettable(rules, now));
+        if self.own.len() < MODELS_MAX {
+            return;
+        }
+        let worth = |(model, breaker): (&Arc<str>, &Breaker)| {
+            let worth = breaker.worth()?;
+            Some((worth, Arc::clone(model)))
+        };
+        if let Some((_, least)) = self.own.iter().filter_map(worth).min() {
+            self.own.remove(&least);
+        }
     }
 
     /// Returns the breaker of a model, as [`Self::of`] does, to note something.
     pub(super) fn known(&mut self, model: &str) -> Option<&mut Breaker> {
-        let full = self.own.len() >= MODELS_MAX;
-        match self.own.get_mut(model) {
-            Some(own) => Some(own),
-            None => full.then_some(&mut self.rest),
+        self.own.get_mut(model)
+    }
+
+    /// Lets somebody try at once what has opened since then: see
+    /// [`Breaker::hurry`].
+    pub(super) fn hurry(&mut self, since: Option<Instant>, rules: &Rules, now: Instant) {
+        for breaker in self.own.values_mut() {
+            if since.is_none_or(|since| breaker.has_opened_since(since)) {
+                breaker.hurry(rules, now);
+            }
         }
     }
 
-    /// Lets the next one try, wherever this ticket is the one that tries: the
-    /// model may have got a breaker of its own since.
+    /// Lets the next one try, wherever this ticket is the one that tries.
     pub(super) fn end_try(&mut self, ticket: u64, now: Instant) {
-        for breaker in self.all_mut() {
+        for breaker in self.own.values_mut() {
             breaker.end_try(ticket, now);
         }
     }
@@ -72,7 +88,7 @@ impl Breakers {
     /// Closes what flowed long enough.
     pub(super) fn settle(&mut self, now: Instant) -> Came {
         let mut came = Came::Nothing;
-        for breaker in self.all_mut() {
+        for breaker in self.own.values_mut() {
             if breaker.settle(now) == Came::Changed {
                 came = Came::Changed;
             }
@@ -82,7 +98,7 @@ impl Breakers {
 
     /// Forgets everything but what is under way.
     pub(super) fn reset(&mut self) {
-        for breaker in self.all_mut() {
+        for breaker in self.own.values_mut() {
             breaker.reset();
         }
     }
@@ -92,14 +108,13 @@ impl Breakers {
         let shut = self
             .own
             .values()
-            .chain([&self.rest])
             .filter(|breaker| breaker.phase(now) != Phase::Closed);
         (shut.count(), self.own.len())
     }
 
     /// Returns the shortest time until one that is open may be tried.
     pub(super) fn wait(&self, now: Instant) -> Option<Duration> {
-        let all = self.own.values().chain([&self.rest]);
+        let all = self.own.values();
         all.filter(|breaker| breaker.phase(now) != Phase::Closed)
             .map(|breaker| breaker.wait(now))
             .min()
@@ -107,12 +122,9 @@ impl Breakers {
 
     /// Returns those that are not closed, with how long they will not be tried.
     pub(super) fn not_closed(&self, now: Instant) -> Vec<(Arc<str>, Phase, Duration)> {
-        let own = self
-            .own
+        self.own
             .iter()
-            .map(|(model, breaker)| (Arc::clone(model), breaker));
-        own.chain([(Arc::from("*"), &self.rest)])
-            .map(|(model, breaker)| (model, breaker.phase(now), breaker.wait(now)))
+            .map(|(model, breaker)| (Arc::clone(model), breaker.phase(now), breaker.wait(now)))
             .filter(|(_, phase, _)| *phase != Phase::Closed)
             .collect()
     }
@@ -142,10 +154,6 @@ impl Breakers {
     pub(super) fn follow(&mut self, old: &Self) {
         self.told = old.told.clone();
     }
-
-    fn all_mut(&mut self) -> impl Iterator<Item = &mut Breaker> {
-        self.own.values_mut().chain([&mut self.rest])
-    }
 }
 
 #[cfg(test)]
@@ -163,7 +171,7 @@ mod tests {
     fn fail(breakers: &mut Breakers, model: &str, times: usize, now: Instant) {
         let rules = rules();
         for _ in 0..times {
-            let breaker = breakers.of_mut(&model.into(), &rules, now);
+            let breaker = breakers.of_mut(&model.into(), &rules, now).unwrap();
             breaker.failed(&rules, (Fault::Answer, Spare::Yes), now, now);
         }
     }
@@ -179,46 +187,74 @@ mod tests {
         assert_eq!(breakers.shut(now), (1, 2));
     }
 
+    fn succeed(breakers: &mut Breakers, model: &str, now: Instant) {
+        let rules = rules();
+        let breaker = breakers.of_mut(&model.into(), &rules, now).unwrap();
+        breaker.succeeded(&rules, now, now);
+    }
+
     #[test]
-    fn more_models_than_there_is_room_for_share_one_and_the_unused_make_room() {
-        let (mut breakers, now) = (Breakers::default(), Instant::now());
-        for nth in 0..MODELS_MAX + 5 {
-            fail(&mut breakers, &format!("m{nth}"), 1, now);
+    fn names_that_are_made_up_take_out_no_other_and_need_no_more_room() {
+        let (mut breakers, start) = (Breakers::default(), Instant::now());
+        succeed(&mut breakers, "good", start);
+        succeed(&mut breakers, "bad", start);
+        fail(&mut breakers, "bad", 5, start);
+        for nth in 0..10 * MODELS_MAX as u64 {
+            let now = start + Duration::from_millis(nth);
+            fail(&mut breakers, &format!("m{nth}"), 5, now);
+            assert!(breakers.own.len() <= MODELS_MAX);
         }
-        assert_eq!(breakers.own.len(), MODELS_MAX);
-        assert_eq!(breakers.of("another").unwrap().phase(now), Phase::Open);
-        let later = now + Duration::from_secs(31);
+        // What it has is remembered, also what it fails with.
+        let now = start + Duration::from_millis(2000);
+        assert_eq!(breakers.of("bad").unwrap().phase(now), Phase::Open);
+        assert_eq!(breakers.of("good").unwrap().phase(now), Phase::Closed);
+        assert!(breakers.of("m0").is_none(), "the oldest go first");
+        assert!(breakers.of("another").is_none());
+        let news = breakers.news(now);
+        assert!(news.len() < MODELS_MAX, "{}", news.len());
+    }
+
+    #[test]
+    fn what_nobody_has_used_for_a_window_makes_room_also_if_it_is_open() {
+        let (mut breakers, now) = (Breakers::default(), Instant::now());
+        for nth in 0..MODELS_MAX {
+            succeed(&mut breakers, &format!("m{nth}"), now);
+            fail(&mut breakers, &format!("m{nth}"), 5, now);
+        }
+        // All of them are of use: a further one has none.
+        let rules = rules();
+        assert!(breakers.of_mut(&"late".into(), &rules, now).is_none());
+        let later = now + Duration::from_secs(35);
+        assert!(breakers.of_mut(&"late".into(), &rules, later).is_none());
+        let later = now + Duration::from_secs(37);
         fail(&mut breakers, "late", 1, later);
         assert_eq!(breakers.own.len(), 1);
     }
 
     #[test]
-    fn what_all_further_models_shared_is_forgotten_when_each_has_room_again() {
-        let (mut breakers, now) = (Breakers::default(), Instant::now());
-        for nth in 0..MODELS_MAX + 5 {
-            fail(&mut breakers, &format!("m{nth}"), 1, now);
+    fn among_models_that_work_the_longest_unused_makes_room() {
+        let (mut breakers, start) = (Breakers::default(), Instant::now());
+        let now = |nth: usize| start + Duration::from_millis(nth as u64);
+        for nth in 0..MODELS_MAX {
+            succeed(&mut breakers, &format!("m{nth}"), now(nth));
         }
-        assert_eq!(breakers.shut(now).0, 1);
-        let later = now + Duration::from_secs(31);
-        breakers.of_mut(&"late".into(), &rules(), later);
-        assert_eq!(breakers.shut(later), (0, 1));
-        assert!(breakers.known("another").is_none());
+        succeed(&mut breakers, "m0", now(100));
+        succeed(&mut breakers, "late", now(101));
+        assert!(breakers.of("m0").is_some() && breakers.of("late").is_some());
+        assert!(breakers.of("m1").is_none());
     }
 
     #[test]
-    fn who_tried_as_one_of_many_ends_it_also_with_a_breaker_of_its_own() {
-        let (mut breakers, now) = (Breakers::default(), Instant::now());
-        for nth in 0..MODELS_MAX + 5 {
-            fail(&mut breakers, &format!("m{nth}"), 1, now);
-        }
-        breakers.known("another").unwrap().begin_try(7, now);
-        breakers.own.remove("m0");
-        breakers.end_try(7, now);
-        let later = now + Duration::from_secs(7);
-        assert_eq!(
-            breakers.rest.says(later),
-            crate::upstreams::breaker::Says::Try
-        );
+    fn only_what_opened_since_is_hurried() {
+        let (mut breakers, start) = (Breakers::default(), Instant::now());
+        fail(&mut breakers, "old", 5, start);
+        let now = start + Duration::from_secs(1);
+        fail(&mut breakers, "new", 5, now);
+        breakers.hurry(Some(now), &rules(), now);
+        assert_eq!(breakers.of("old").unwrap().phase(now), Phase::Open);
+        assert_eq!(breakers.of("new").unwrap().phase(now), Phase::HalfOpen);
+        breakers.hurry(None, &rules(), now);
+        assert_eq!(breakers.of("old").unwrap().phase(now), Phase::HalfOpen);
     }
 
     #[test]

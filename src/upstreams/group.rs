@@ -18,6 +18,7 @@ use smallvec::SmallVec;
 use super::{
     breaker::{Fault, Spare},
     budget::Budget,
+    outages::Outages,
     policy::Policy,
     shares::Places,
     state::State,
@@ -45,6 +46,7 @@ pub struct Group {
     /// How much of its traffic may be tries after the first.
     pub budget: Arc<Budget>,
     strategy: Arc<dyn Strategy>,
+    outages: Outages,
     /// Held while it is decided whether one more may go: two that fail at the
     /// same time must not both be the last that can be spared.
     sparing: Mutex<()>,
@@ -191,6 +193,7 @@ impl Group {
             waiting,
             budget,
             strategy: (strategy.make)(),
+            outages: Outages::default(),
             sparing: Mutex::new(()),
         }))
     }
@@ -202,6 +205,9 @@ impl Group {
     /// requests of one conversation.
     pub fn pick(&self, model: &Arc<str>, tried: &[Arc<Upstream>], key: u64, now: Instant) -> Pick {
         let mut candidates = self.candidates(model, tried, now);
+        if self.outages.any() {
+            self.note_recovery(model, &candidates, now);
+        }
         while let Some(upstream) = self.choose(&candidates, key) {
             match candidates
                 .get(upstream)
@@ -368,6 +374,28 @@ impl Group {
         })
     }
 
+    fn is_anybody_there(&self, model: &str, now: Instant) -> bool {
+        let mut upstreams = self.upstreams.iter();
+        upstreams.any(|upstream| upstream.serves(model) && upstream.available(model, now))
+    }
+
+    /// Where nobody could be asked for a model, and one can again: lets the others
+    /// be tried at once. What took all of them out is likely to be over for all of
+    /// them, and meanwhile that one bears everything.
+    fn note_recovery(&self, model: &str, candidates: &Candidates<'_>, now: Instant) {
+        let is_back = candidates
+            .iter()
+            .any(|upstream| upstream.is_usable(model, now));
+        if !is_back || !self.outages.end(model, now) {
+            return;
+        }
+        for upstream in &self.upstreams {
+            if upstream.serves(model) {
+                upstream.hurry(model, now);
+            }
+        }
+    }
+
     fn choose(&self, candidates: &Candidates<'_>, key: u64) -> Option<usize> {
         let plain: SmallVec<[&Upstream; 16]> =
             candidates.iter().map(|upstream| &***upstream).collect();
@@ -380,7 +408,7 @@ impl Group {
 
     /// Tells why there was no candidate: busy if any is only busy, for it may be
     /// free in a moment; down if any is left at all.
-    fn why_none(&self, model: &str, tried: &[Arc<Upstream>], now: Instant) -> Pick {
+    fn why_none(&self, model: &Arc<str>, tried: &[Arc<Upstream>], now: Instant) -> Pick {
         let mut shortest: Option<Duration> = None;
         let mut off = false;
         for upstream in self.left(model, tried) {
@@ -394,7 +422,12 @@ impl Group {
             }
         }
         match shortest {
-            Some(wait) => Pick::Down(wait),
+            Some(wait) => {
+                if !self.is_anybody_there(model, now) {
+                    self.outages.begin(model, now);
+                }
+                Pick::Down(wait)
+            }
             None if off => Pick::Down(Duration::ZERO),
             None => Pick::Exhausted,
         }
@@ -451,6 +484,53 @@ pub(super) mod tests {
 
     fn name(slot: &Slot) -> &str {
         &slot.upstream().name
+    }
+
+    #[test]
+    fn who_comes_back_first_lets_the_others_be_tried_at_once() {
+        let group = build(THREE, &[], &[]);
+        let (model, mut now): (Arc<str>, _) = ("qwen".into(), Instant::now());
+        let out = |group: &Group, now| {
+            for upstream in &group.upstreams {
+                while upstream.available(&model, now) {
+                    let slot = upstream.try_acquire(&model, now).unwrap();
+                    group.failed(&slot, Fault::Answer, now);
+                }
+            }
+        };
+        out(&group, now);
+        assert!(matches!(group.pick(&model, &[], 0, now), Pick::Down(_)));
+        // Tries before the time, as in any outage that lasts.
+        for _ in 0..4 {
+            now += Duration::from_secs(1);
+            for upstream in &group.upstreams {
+                let slot = upstream.try_in_panic(&model, now).unwrap();
+                group.failed(&slot, Fault::Answer, now);
+            }
+        }
+        now += Duration::from_millis(10);
+        assert!(matches!(group.pick(&model, &[], 0, now), Pick::Down(_)));
+        now += Duration::from_secs(1) - Duration::from_millis(10);
+        let slot = group.pick_in_panic(&model, &[], now).unwrap();
+        slot.succeeded(now);
+        drop(slot);
+        let mut names: Vec<_> = (0..3)
+            .map(|_| chosen(group.pick(&model, &[], 0, now)))
+            .map(|slot| {
+                slot.succeeded(now);
+                name(&slot).to_owned()
+            })
+            .collect();
+        names.sort();
+        assert_eq!(names, ["a", "b", "c"]);
+        // One that fails alone is nobody's outage.
+        let upstream = &group.upstreams[0];
+        for _ in 0..5 {
+            let slot = upstream.try_acquire(&model, now).unwrap();
+            group.failed(&slot, Fault::Answer, now);
+        }
+        chosen(group.pick(&model, &[], 0, now));
+        assert!(!upstream.available(&model, now));
     }
 
     #[test]

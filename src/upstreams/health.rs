@@ -11,7 +11,7 @@
 //! | credential: bad, or out of money | 401, 403, 402, a hard quota | one request at a time after minutes |
 //! | loading: its model is not there yet | a check or an answer that says so | a check |
 //! | cooling: it asked for a pause | 429; 503 with `Retry-After` | time |
-//! | a breaker: it fails, with one model | failures | one request at a time after its open time; never a check |
+//! | a breaker: it fails, with one model | failures | one request at a time after its open time; never a check, which at most ends that time |
 //! | draining | people | people |
 //!
 //! **Invariants:** where nothing keeps requests away, asking takes no lock. The
@@ -132,6 +132,8 @@ struct Inner {
     /// What was wrong with TLS when it was last not reached.
     tls: Option<TlsFault>,
     checks: Gate,
+    /// When the last good check was asked for before its checks took it down.
+    well: Option<Instant>,
     key: Gate,
     key_fault: KeyFault,
     /// When a 403 without a reason last came.
@@ -199,6 +201,7 @@ impl Health {
                 link_lost: None,
                 tls: None,
                 checks: Gate::default(),
+                well: None,
                 key: Gate::default(),
                 key_fault: KeyFault::Refused,
                 forbidden: None,
@@ -436,7 +439,9 @@ impl Health {
         inner.last_good = Some(now);
         if let Some(rules) = &policy.breaker {
             let breakers = &mut inner.breakers;
-            breakers.of_mut(model, rules, now).token(began, now);
+            if let Some(breaker) = breakers.of_mut(model, rules, now) {
+                breaker.token(began, now);
+            }
         }
     }
 
@@ -461,7 +466,8 @@ impl Health {
         let mut changed = false;
         if let Some(rules) = &policy.breaker {
             let breaker = inner.breakers.of_mut(model, rules, now);
-            if breaker.succeeded(rules, began, now) == Came::Changed {
+            let came = breaker.map(|breaker| breaker.succeeded(rules, began, now));
+            if came == Some(Came::Changed) {
                 inner.recover(now);
                 changed = true;
             }
@@ -494,7 +500,9 @@ impl Health {
             return false;
         };
         let mut inner = self.lock();
-        let breaker = inner.breakers.of_mut(model, rules, now);
+        let Some(breaker) = inner.breakers.of_mut(model, rules, now) else {
+            return false;
+        };
         let came = breaker.failed(rules, how, began, now);
         if came == Came::Changed {
             self.changed(&mut inner, policy, now);
@@ -622,6 +630,20 @@ impl Health {
                 !inner.link.is_shut() && !inner.checks.is_shut() && inner.loading_until.is_none();
             inner.schedule.next(&policy.check, well, now);
         });
+    }
+
+    /// Lets one request try its breaker at once: others of its group that failed
+    /// at the same time answer again.
+    pub(super) fn hurry(&self, model: &str, policy: &Policy, now: Instant) {
+        let Some(rules) = &policy.breaker else {
+            return;
+        };
+        let mut inner = self.lock();
+        let breaker = inner.breakers.known(model);
+        let came = breaker.map(|breaker| breaker.hurry(rules, now));
+        if came == Some(Came::Changed) {
+            self.changed(&mut inner, policy, now);
+        }
     }
 
     // --- people, and time ---
@@ -905,8 +927,21 @@ impl Inner {
                 let enough = self.schedule.good() >= check.rise || hasty;
                 // A model that was loading says by itself that it is there.
                 let loaded = self.loading_until.take().is_some();
+                let was_down = self.checks.is_shut();
                 if (enough || loaded) && (self.link.open() | self.checks.open() | loaded) {
                     self.recover(now);
+                }
+                let is_up = !self.checks.is_shut();
+                if was_down
+                    && is_up
+                    && let Some(rules) = &policy.breaker
+                {
+                    // What opened while it was down, or as it went down, opened
+                    // for that. What failed while checks were good did not.
+                    self.breakers.hurry(self.well, rules, now);
+                }
+                if is_up {
+                    self.well = Some(began);
                 }
             }
             Checked::Loading => {
@@ -1333,6 +1368,40 @@ mod tests {
         }
         assert_eq!(bench.says("m"), Says::Stop);
         assert_eq!(bench.state(), (State::Down, Reason::Breaker));
+    }
+
+    #[test]
+    fn a_breaker_that_opened_in_an_outage_is_tried_when_checks_say_that_it_is_over() {
+        let mut bench = Bench::new("{}");
+        bench.check(&Checked::Good);
+        bench.later(1.0).fail("m", 5);
+        bench.later(1.0).bad();
+        bench.later(0.5).bad();
+        bench.later(0.5).bad();
+        assert_eq!(bench.state(), (State::Down, Reason::Check));
+        bench.later(0.5).check(&Checked::Good);
+        assert_eq!(bench.admit("m"), None);
+        bench.later(0.5).check(&Checked::Good);
+        assert!(matches!(bench.admit("m"), Some(Leave::Try(_))));
+        assert_eq!(bench.admit("m"), None);
+        // It was no more than leave to try.
+        bench.fail("m", 1);
+        assert!(bench.wait() >= secs(10.0));
+        bench.check(&Checked::Good).check(&Checked::Good);
+        assert_eq!(bench.admit("m"), None);
+    }
+
+    #[test]
+    fn a_breaker_that_opened_while_checks_were_good_waits_for_its_time_whatever_they_say() {
+        let mut bench = Bench::new("{}");
+        bench.fail("m", 5);
+        bench.later(0.5).check(&Checked::Good);
+        for _ in 0..3 {
+            bench.later(0.5).bad();
+        }
+        bench.later(0.5).check(&Checked::Good).check(&Checked::Good);
+        assert_eq!(bench.state(), (State::Down, Reason::Breaker));
+        assert_eq!(bench.admit("m"), None);
     }
 
     #[test]

@@ -18,7 +18,8 @@
 //! - [`sockets`]: whether it is our own fault that it is not reached
 //! - [`budget`]: how much may be tried again
 //! - [`strategies`]: how one of several is chosen; the one list
-//! - [`group`]: upstreams that can stand in for each other
+//! - [`group`]: upstreams that can stand in for each other; `outages`: when
+//!   none of them could be asked
 //! - [`waiting`]: those who wait until one of them is free
 //! - [`queue`]: who of them is next
 
@@ -31,6 +32,7 @@ pub mod discovery;
 mod gate;
 pub mod group;
 pub mod health;
+mod outages;
 pub mod policy;
 pub mod queue;
 pub mod resolve;

@@ -313,6 +313,18 @@ impl Upstream {
         self.health.says(model, &self.policy, now) != Says::Stop
     }
 
+    /// Returns whether requests with this model go there like everywhere: nobody
+    /// has to try first.
+    pub(super) fn is_usable(&self, model: &str, now: Instant) -> bool {
+        self.health.says(model, &self.policy, now) == Says::Go
+    }
+
+    /// Lets one request with this model try at once, if it is a breaker that
+    /// keeps them away.
+    pub(super) fn hurry(&self, model: &str, now: Instant) {
+        self.health.hurry(model, &self.policy, now);
+    }
+
     /// Returns how long nobody should go there with this model.
     pub fn wait(&self, model: &str, now: Instant) -> Duration {
         self.health.wait(model, &self.policy, now)

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use forebay::sim::Sim;
+use forebay::sim::{Sim, SimOptions};
 use futures_util::future::join_all;
 
 use crate::support::{
@@ -235,6 +235,77 @@ async fn when_all_fail_upstreams_see_little_more_than_clients_ask() {
     assert!(seen <= requests * 12 / 10, "{seen}");
     // They are all known to be bad: hardly anything goes there any more.
     assert!(seen <= 150, "{seen}");
+}
+
+#[tokio::test]
+async fn after_an_outage_of_everybody_all_of_them_serve_again_within_ten_seconds() {
+    let sims = [sim("a").await, sim("b").await, sim("c").await];
+    for sim in &sims {
+        sim.fault("status=500").await.unwrap();
+    }
+    let all: Vec<&Sim> = sims.iter().collect();
+    let gateway = Gateway::start(&one_group(&all)).await;
+    let burst = || async {
+        let many = (0..6).map(|_| async { post_chat(gateway.addr, &chat("demo")).await });
+        join_all(many).await
+    };
+    eventually("all are out", || async {
+        burst().await;
+        let listed = get(gateway.admin, "/upstreams").await.json();
+        let mut listed = listed["upstreams"].as_array().unwrap().iter();
+        listed.all(|one| one["reason"] == "breaker")
+    })
+    .await;
+    // Once a second somebody looks; it stays so for a while.
+    let before: Vec<usize> = sims.iter().map(asked).collect();
+    eventually("each is tried before its time", || async {
+        burst().await;
+        let since = sims.iter().zip(&before);
+        since
+            .into_iter()
+            .all(|(sim, before)| asked(sim) >= before + 4)
+    })
+    .await;
+    for sim in &sims {
+        sim.clear_faults().await;
+    }
+    let over = Instant::now();
+    eventually("all of them serve", || async {
+        let answers = burst().await;
+        let serves = |sim: &Sim| {
+            let mut answers = answers.iter();
+            answers.any(|answer| answer.status == 200 && answer.upstream() == sim.name())
+        };
+        answers.iter().all(|answer| answer.status == 200) && sims.iter().all(serves)
+    })
+    .await;
+    assert!(over.elapsed().as_secs() < 10, "{:?}", over.elapsed());
+    for sim in &sims {
+        assert_eq!(gateway.state(sim.name()).await, "ready");
+    }
+}
+
+#[tokio::test]
+async fn names_that_clients_make_up_take_out_no_model_that_nobody_asked_for() {
+    let only = Sim::start(SimOptions {
+        models: vec!["used".to_owned(), "new".to_owned()],
+        ..SimOptions::quick("only")
+    })
+    .await
+    .unwrap();
+    let gateway = Gateway::start(&one_group(&[&only])).await;
+    assert_eq!(post_chat(gateway.addr, &chat("used")).await.status, 200);
+    only.fault("status=500").await.unwrap();
+    for nth in 0..200 {
+        let answer = post_chat(gateway.addr, &chat(&format!("made-up-{nth}"))).await;
+        assert_eq!(answer.status, 502, "{nth}");
+    }
+    only.clear_faults().await;
+    for (model, status) in [("new", 200), ("used", 200), ("made-up-3", 404)] {
+        let answer = post_chat(gateway.addr, &chat(model)).await;
+        assert_eq!(answer.status, status, "{model}");
+    }
+    assert_eq!(gateway.state("only").await, "ready");
 }
 
 #[tokio::test]
