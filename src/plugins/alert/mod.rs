@@ -34,6 +34,7 @@ use crate::{
     events::{Change, Event},
     metrics::Metrics,
     outbound::{Endpoint, Outbound, Reach},
+    resources::Resources,
 };
 
 /// How many notices of requests may wait.
@@ -48,6 +49,8 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Tells people what is wrong.
 pub struct Alert {
     fallbacks: Option<mpsc::Sender<Arc<str>>>,
+    /// What the thread is started with; gone once it is.
+    waiting: Mutex<Option<Box<Waiting>>>,
     /// Dropped with the plugin: then the thread ends.
     _stop: oneshot::Sender<()>,
 }
@@ -150,17 +153,16 @@ impl Configure for Alert {
             }),
             wanted: wanted.clone(),
         };
-        let events = build.resources.events.subscribe();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|why| error(String::new(), why.to_string()))?;
-        thread::Builder::new()
-            .name("alert".to_owned())
-            .spawn(move || runtime.block_on(watch.run(events, heard, stopped)))
-            .map_err(|why| error(String::new(), why.to_string()))?;
+        let waiting = Waiting {
+            watch,
+            // What happens until the thread runs is not missed.
+            events: build.resources.events.subscribe(),
+            fallbacks: heard,
+            stopped,
+        };
         Ok(Self {
             fallbacks: wanted.contains(&Kind::Fallback).then_some(fallbacks),
+            waiting: Mutex::new(Some(Box::new(waiting))),
             _stop: stop,
         })
     }
@@ -168,12 +170,51 @@ impl Configure for Alert {
 
 #[async_trait]
 impl Plugin for Alert {
+    fn go_live(&self, _resources: &Resources) {
+        let waiting = {
+            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            waiting.take()
+        };
+        // It runs already: the plugin was kept.
+        let Some(waiting) = waiting else { return };
+        if let Err(why) = waiting.start() {
+            log::error!("nobody will be told of anything: no thread: {why}");
+        }
+    }
+
     async fn on_finish(&self, ctx: &mut RequestContext, _outcome: &Outcome) {
         let last = ctx.attempts.last();
         if let (Some(fallbacks), true) = (&self.fallbacks, last.is_some_and(|last| last.fallback)) {
             // With no room there are notices enough.
             fallbacks.try_send(Arc::clone(&ctx.route)).ok();
         }
+    }
+}
+
+/// A thread that was not started yet.
+struct Waiting {
+    watch: Watch,
+    events: broadcast::Receiver<Event>,
+    fallbacks: mpsc::Receiver<Arc<str>>,
+    stopped: oneshot::Receiver<()>,
+}
+
+impl Waiting {
+    fn start(self) -> std::io::Result<()> {
+        let run = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            match runtime {
+                Ok(runtime) => {
+                    let run = self.watch.run(self.events, self.fallbacks, self.stopped);
+                    runtime.block_on(run);
+                }
+                Err(why) => log::error!("nobody will be told of anything: {why}"),
+            }
+        };
+        let named = thread::Builder::new().name("alert".to_owned());
+        named.spawn(run).map(drop)
     }
 }
 
@@ -324,5 +365,33 @@ fn notices_of(event: &Event) -> Vec<Notice> {
             let detail = format!("{percent} % used");
             vec![notice(Kind::Budget, &subject, true, detail)]
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_that_is_only_checked_starts_no_thread() {
+        let resources = Resources::default();
+        let build = Build {
+            base: std::path::Path::new("/conf"),
+            resources: &resources,
+            list: "",
+            store: None,
+        };
+        let config = AlertConfig {
+            command: vec!["true".to_owned()],
+            ..AlertConfig::default()
+        };
+        let alert = Alert::configure(config, &build).unwrap();
+        let is_waiting = || alert.waiting.lock().unwrap().is_some();
+        assert!(is_waiting());
+        alert.go_live(&resources);
+        assert!(!is_waiting());
+        // The next snapshot keeps it.
+        alert.go_live(&resources);
+        assert!(!is_waiting());
     }
 }
