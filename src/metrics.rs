@@ -77,6 +77,8 @@ pub struct Metrics {
     pub capture_torn: IntCounter,
     /// How often the disk could not make safe what was written.
     pub capture_sync_failures: IntCounter,
+    /// How often that took longer than is promised.
+    pub capture_syncs_late: IntCounter,
     /// Files that were removed, by why.
     pub capture_files_removed: IntCounterVec,
     /// How often a key's budget came near its end, or to it.
@@ -271,6 +273,10 @@ impl Metrics {
             capture_sync_failures: all.counter(
                 "forebay_capture_sync_failures_total",
                 "How often the disk could not make safe what was captured",
+            ),
+            capture_syncs_late: all.counter(
+                "forebay_capture_syncs_late_total",
+                "How often what was captured was unsafe for more than a second: the disk is slow",
             ),
             capture_files_removed: all.counters(
                 "forebay_capture_files_removed_total",

@@ -71,6 +71,9 @@ pub(super) struct Settings {
 pub(super) struct Live {
     pub(super) dir: PathBuf,
     pub(super) account: Arc<Account>,
+    /// Held by who opens a file of lines or mends one, so that each waits for the
+    /// other instead of taking the file for somebody else's.
+    pub(super) hands: Mutex<()>,
     settings: Arc<Mutex<Arc<Settings>>>,
     stopping: Arc<AtomicBool>,
 }
@@ -202,6 +205,7 @@ impl Folder {
         Live {
             dir: self.dir.clone(),
             account: Arc::clone(&self.account),
+            hands: Mutex::default(),
             settings: Arc::clone(&self.settings),
             stopping: Arc::clone(&self.stopping),
         }

@@ -140,7 +140,9 @@ fn compress(path: &Path, live: &Live) -> io::Result<Option<PathBuf>> {
     let Some(file) = lock(path, Make::No)? else {
         return Ok(None);
     };
-    set_tail_aside(path, &file)?;
+    if let Some(torn) = set_tail_aside(path, &file)? {
+        torn.file.sync_all()?;
+    }
     let packed = with_ending(path, ".zst");
     if !packed.exists() {
         let part = hidden(&packed);

@@ -8,7 +8,7 @@
 //!
 //! Here is what is captured and what is not; [`collected`] keeps an answer while
 //! it is sent, [`folder`] and [`writer`] put exchanges into files ([`segment`]),
-//! [`keep`] looks after old ones, [`account`] counts. What a line looks like is
+//! [`safe`] makes those safe, [`keep`] looks after old ones, [`account`] counts. What a line looks like is
 //! [`crate::sharegpt`]'s affair.
 //!
 //! **Invariant:** capturing never makes a client wait: an event is copied, an
@@ -19,6 +19,7 @@ mod collected;
 mod folder;
 mod keep;
 mod redact;
+mod safe;
 mod segment;
 mod writer;
 

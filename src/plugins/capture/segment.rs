@@ -13,12 +13,15 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg, OFlag},
 };
+
+use super::safe::Safety;
 
 /// The most files of one hour.
 const FILES_MAX: u32 = 999;
@@ -33,8 +36,8 @@ pub(super) struct Segment {
     file: Flock<File>,
     length: u64,
     identity: (u64, u64),
-    /// Lines since they were last made safe.
-    pub(super) unsynced: u64,
+    /// How its lines become safe.
+    pub(super) safety: Arc<Safety>,
 }
 
 /// Why lines are not in a file.
@@ -48,10 +51,15 @@ pub(super) struct Unwritten {
 
 impl Segment {
     /// Opens the first file of an hour that nobody else writes to, or makes it.
+    /// Also returns its torn end, if it had one.
     ///
     /// # Errors
     /// The folder cannot be written.
-    pub(super) fn open(dir: &Path, stem: &str, avoid: &HashSet<PathBuf>) -> io::Result<Self> {
+    pub(super) fn open(
+        dir: &Path,
+        stem: &str,
+        avoid: &HashSet<PathBuf>,
+    ) -> io::Result<(Self, Option<Torn>)> {
         for number in 1..=FILES_MAX {
             let name = match number {
                 1 => format!("{stem}.jsonl"),
@@ -65,17 +73,18 @@ impl Segment {
                 continue;
             };
             let found = file.metadata()?;
+            let safety = Safety::new(path.clone(), file.try_clone()?);
             let mut segment = Self {
                 path,
                 stem: stem.to_owned(),
                 length: found.len(),
                 identity: identity(&found),
                 file,
-                unsynced: 0,
+                safety: Arc::new(safety),
             };
-            segment.length -= set_tail_aside(&segment.path, &segment.file)?;
-            sync_folder(dir)?;
-            return Ok(segment);
+            let torn = set_tail_aside(&segment.path, &segment.file)?;
+            segment.length -= torn.as_ref().map_or(0, |torn| torn.bytes);
+            return Ok((segment, torn));
         }
         Err(io::Error::other("too many files of one hour"))
     }
@@ -95,7 +104,7 @@ impl Segment {
             }
         }
         self.length += lines.len() as u64;
-        self.unsynced += count;
+        self.safety.add(count);
         Ok(())
     }
 
@@ -110,17 +119,9 @@ impl Segment {
         }
     }
 
-    /// Makes safe what was written.
-    ///
-    /// # Errors
-    /// The system could not: what is on the disk is not known, and asking again
-    /// would only look well. The file must not be used on.
-    pub(super) fn sync(&mut self) -> io::Result<()> {
-        if self.unsynced > 0 {
-            self.file.sync_data()?;
-            self.unsynced = 0;
-        }
-        Ok(())
+    /// Returns whether nothing stands in it.
+    pub(super) fn is_empty(&self) -> bool {
+        self.length == 0
     }
 
     /// Returns whether the name still means this file.
@@ -177,19 +178,33 @@ fn is_compressed(path: &Path) -> bool {
     Path::new(&name).symlink_metadata().is_ok()
 }
 
-/// Moves what stands behind the last end of line to a file beside it; returns
-/// how many bytes that were.
+/// The end of a file that had no end of line.
+#[derive(Debug)]
+pub(super) struct Torn {
+    /// Where it is now.
+    pub(super) path: PathBuf,
+    /// That file; it is not safe yet.
+    pub(super) file: File,
+    /// How many bytes it has.
+    pub(super) bytes: u64,
+}
+
+/// Moves what stands behind the last end of line to a file beside it.
 ///
 /// The line was being written when a process or the machine died: it was never
 /// whole.
 ///
 /// # Errors
 /// It cannot be moved; the file is as it was.
-pub(super) fn set_tail_aside(path: &Path, file: &File) -> io::Result<u64> {
+pub(super) fn set_tail_aside(path: &Path, file: &File) -> io::Result<Option<Torn>> {
     const BLOCK: u64 = 64 * 1024;
     let length = file.metadata()?.len();
     let mut end = length;
-    let mut block = Vec::new();
+    // Nearly always: then that is all there is to read.
+    let mut block = vec![0];
+    if length == 0 || (file.read_exact_at(&mut block, length - 1).is_ok() && block == *b"\n") {
+        return Ok(None);
+    }
     while end > 0 {
         let start = end.saturating_sub(BLOCK);
         block.resize(usize::try_from(end - start).unwrap_or(0), 0);
@@ -200,10 +215,7 @@ pub(super) fn set_tail_aside(path: &Path, file: &File) -> io::Result<u64> {
         }
         end = start;
     }
-    if end == length {
-        return Ok(0);
-    }
-    let mut aside = make_aside(path)?;
+    let (name, mut aside) = make_aside(path)?;
     let mut from = end;
     while from < length {
         let size = (length - from).min(BLOCK);
@@ -212,18 +224,20 @@ pub(super) fn set_tail_aside(path: &Path, file: &File) -> io::Result<u64> {
         aside.write_all(&block)?;
         from += size;
     }
-    aside.sync_all()?;
     file.set_len(end)?;
-    file.sync_all()?;
+    let bytes = length - end;
     log::warn!(
-        "a torn line was set aside: file={} bytes={}",
+        "a torn line was set aside: file={} bytes={bytes}",
         path.display(),
-        length - end
     );
-    Ok(length - end)
+    Ok(Some(Torn {
+        path: name,
+        file: aside,
+        bytes,
+    }))
 }
 
-fn make_aside(path: &Path) -> io::Result<File> {
+fn make_aside(path: &Path) -> io::Result<(PathBuf, File)> {
     let mut taken = None;
     for number in 1..=FILES_MAX {
         let mut name = path.as_os_str().to_owned();
@@ -238,36 +252,46 @@ fn make_aside(path: &Path) -> io::Result<File> {
             .open(Path::new(&name));
         match made {
             Err(why) if why.kind() == io::ErrorKind::AlreadyExists => taken = Some(why),
-            made => return made,
+            made => return Ok((name.into(), made?)),
         }
     }
     Err(taken.unwrap_or_else(|| io::ErrorKind::AlreadyExists.into()))
 }
 
-/// Sets the torn tails aside of all files that nobody writes to; returns how
-/// many there were. What cannot be looked at is left alone.
+/// Sets the torn tails aside of all files that nobody writes to, and shows each.
+/// What cannot be looked at is left alone. While it has a file in hand it holds
+/// `hands`, never for long. Ends early if `stops`.
 ///
 /// # Errors
 /// The folder cannot be read.
-pub(super) fn repair(dir: &Path) -> io::Result<u64> {
-    let mut torn = 0;
+pub(super) fn repair(
+    dir: &Path,
+    hands: &Mutex<()>,
+    stops: impl Fn() -> bool,
+    mut show: impl FnMut(Torn),
+) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
+        if stops() {
+            return Ok(());
+        }
         let path = entry?.path();
         if hour_of(&path).is_none() {
             continue;
         }
-        let repaired = match lock(&path, Make::No) {
-            Ok(Some(file)) => set_tail_aside(&path, &file),
-            Ok(None) => Ok(0),
-            Err(why) => Err(why),
+        let repaired = {
+            let _held = hands.lock().unwrap_or_else(PoisonError::into_inner);
+            match lock(&path, Make::No) {
+                Ok(Some(file)) => set_tail_aside(&path, &file),
+                Ok(None) => Ok(None),
+                Err(why) => Err(why),
+            }
         };
         match repaired {
-            Ok(0) => {}
-            Ok(_) => torn += 1,
+            Ok(torn) => torn.into_iter().for_each(&mut show),
             Err(why) => log::warn!("cannot be looked at: file={} {why}", path.display()),
         }
     }
-    Ok(torn)
+    Ok(())
 }
 
 /// Returns the hour in the name of a file that capture writes to: of
@@ -306,7 +330,13 @@ mod tests {
     const HOUR: &str = "20260102_15";
 
     fn open(dir: &Path) -> Segment {
-        Segment::open(dir, HOUR, &HashSet::new()).unwrap()
+        Segment::open(dir, HOUR, &HashSet::new()).unwrap().0
+    }
+
+    fn repaired(dir: &Path) -> usize {
+        let mut torn = 0;
+        repair(dir, &Mutex::default(), || false, |_| torn += 1).unwrap();
+        torn
     }
 
     fn name(segment: &Segment) -> &str {
@@ -341,7 +371,7 @@ mod tests {
         fs::create_dir(dir.path().join("20260102_15-2.jsonl")).unwrap();
         fs::write(dir.path().join("20260102_15-3.jsonl.zst"), "").unwrap();
         let avoid = HashSet::from([dir.path().join("20260102_15-4.jsonl")]);
-        let segment = Segment::open(dir.path(), HOUR, &avoid).unwrap();
+        let (segment, _) = Segment::open(dir.path(), HOUR, &avoid).unwrap();
         assert_eq!(name(&segment), "20260102_15-5.jsonl");
     }
 
@@ -357,11 +387,11 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("20260102_15.jsonl");
             fs::write(&path, before).unwrap();
-            assert_eq!(repair(dir.path()).unwrap(), 1);
+            assert_eq!(repaired(dir.path()), 1);
             assert_eq!(fs::read_to_string(&path).unwrap(), whole);
             let aside = dir.path().join("20260102_15.jsonl.torn");
             assert_eq!(fs::read_to_string(aside).unwrap(), tail);
-            assert_eq!(repair(dir.path()).unwrap(), 0, "nothing is left to do");
+            assert_eq!(repaired(dir.path()), 0, "nothing is left to do");
             // The next one does not replace it.
             fs::write(&path, "again").unwrap();
             drop(open(dir.path()));
@@ -376,7 +406,7 @@ mod tests {
         let path = dir.path().join("20260102_15.jsonl");
         let damaged = b"{}\n{\"a\xff\0\n{}\n";
         fs::write(&path, damaged).unwrap();
-        assert_eq!(repair(dir.path()).unwrap(), 0);
+        assert_eq!(repaired(dir.path()), 0);
         let mut segment = open(dir.path());
         segment.append(b"[]\n", 1).unwrap();
         assert_eq!(fs::read(&path).unwrap(), [&damaged[..], b"[]\n"].concat());
@@ -387,7 +417,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let segment = open(dir.path());
         fs::write(&segment.path, "half").unwrap();
-        assert_eq!(repair(dir.path()).unwrap(), 0);
+        assert_eq!(repaired(dir.path()), 0);
         assert_eq!(fs::read_to_string(&segment.path).unwrap(), "half");
     }
 

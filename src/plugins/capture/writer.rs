@@ -1,18 +1,22 @@
 //! The thread that writes: takes exchanges from the queue, turns them into
-//! lines, and sees to it that they are safe within the time that is promised.
+//! lines, and asks for them to be made safe ([`safe`]) within the time that is
+//! promised.
+//!
+//! **Invariant:** it waits for the disk only in `write(2)`: what is written
+//! survives the process.
 //!
 //! What cannot be written is counted and told, and the folder is tried again
 //! every second: nobody has to do anything when there is room again.
 
 use std::{
     collections::HashSet,
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::Arc,
-    thread,
+    sync::{Arc, PoisonError},
+    thread::{self, Scope},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -23,7 +27,8 @@ use super::{
     collected::Collected,
     folder::{Live, Place, Settings},
     redact::Redactor,
-    segment::{Segment, repair, sync_folder},
+    safe::{self, Syncer},
+    segment::{Segment, Torn, repair},
 };
 use crate::{
     logging::Seldom,
@@ -43,8 +48,6 @@ const IMAGES_KNOWN_MAX: usize = 10_000;
 /// How old an image may be before another use renews it: retention goes by its
 /// age.
 const IMAGE_FRESH: Duration = Duration::from_secs(600);
-/// How many new images are made safe together.
-const IMAGES_UNSYNCED_MAX: usize = 64;
 
 /// An exchange on its way to a file.
 #[derive(Debug)]
@@ -62,12 +65,62 @@ pub(super) struct Job {
     pub(super) place: Option<Place>,
 }
 
-/// Writes until the queue is closed and empty.
+/// Writes until the queue is closed and empty, and all of it is safe.
 pub(super) fn run(inbox: &Inbox<Job>, live: &Live) {
-    let mut writer = Writer::new(live);
+    let (syncer, duties) = Syncer::new(&live.account);
+    thread::scope(|scope| {
+        beside(scope, live, "capture-sync", move || {
+            safe::run(&duties, &live.account);
+        });
+        beside(scope, live, "capture-mend", || mend(live));
+        write(inbox, live, syncer);
+        live.close();
+    });
+    log::info!(
+        "capture stopped: dir={} {}",
+        live.dir.display(),
+        live.account
+    );
+}
+
+/// Starts a thread beside the one that writes.
+fn beside<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    live: &Live,
+    name: &str,
+    work: impl FnOnce() + Send + 'scope,
+) {
+    let named = thread::Builder::new().name(name.to_owned());
+    if let Err(why) = named.spawn_scoped(scope, work) {
+        log::error!("no thread for {name}: dir={} {why}", live.dir.display());
+    }
+}
+
+/// Sets aside what is torn of files that processes left when they died.
+fn mend(live: &Live) {
+    let aside = |torn: Torn| {
+        live.account.metrics().capture_torn.inc();
+        if let Err(why) = torn.file.sync_all() {
+            log::warn!("may not be safe: file={} {why}", torn.path.display());
+        }
+    };
+    match repair(&live.dir, &live.hands, || live.is_stopping(), aside) {
+        // It was not written yet, or there is one in the way; the writer says so.
+        Err(why)
+            if matches!(
+                why.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) => {}
+        Err(why) => log::warn!("cannot be mended: dir={} {why}", live.dir.display()),
+        Ok(()) => {}
+    }
+}
+
+fn write(inbox: &Inbox<Job>, live: &Live, syncer: Syncer) {
+    let mut writer = Writer::new(live, syncer);
     writer.look(Instant::now());
     loop {
-        let mut next = inbox.next(writer.patience(Instant::now()));
+        let mut next = inbox.next(LOOK_EVERY);
         let closed = loop {
             match next {
                 Next::Item(mut job) => {
@@ -89,61 +142,41 @@ pub(super) fn run(inbox: &Inbox<Job>, live: &Live) {
         // nothing to do but that, and what comes is written in one go.
         thread::park_timeout(REST);
     }
-    writer.close();
-    live.close();
-    log::info!(
-        "capture stopped: dir={} {}",
-        live.dir.display(),
-        live.account
-    );
+    writer.leave(Instant::now());
 }
 
 struct Writer<'a> {
     live: &'a Live,
+    syncer: Syncer,
     segment: Option<Segment>,
     /// Files that failed: never written again.
     abandoned: HashSet<PathBuf>,
-    /// When the first of the lines that are not safe yet was written.
-    unsynced_since: Option<Instant>,
     /// When the folder is tried again.
     retry: Option<Instant>,
     looked: Option<Instant>,
-    repaired: bool,
     /// Whether there is less space than is to be left.
     short: bool,
     images_known: HashSet<String>,
-    images_unsynced: Vec<File>,
     told: Seldom,
 }
 
 impl<'a> Writer<'a> {
-    fn new(live: &'a Live) -> Self {
+    fn new(live: &'a Live, syncer: Syncer) -> Self {
         Self {
             live,
+            syncer,
             segment: None,
             abandoned: HashSet::new(),
-            unsynced_since: None,
             retry: None,
             looked: None,
-            repaired: false,
             short: false,
             images_known: HashSet::new(),
-            images_unsynced: Vec::new(),
             told: Seldom::default(),
         }
     }
 
     fn account(&self) -> &Account {
         &self.live.account
-    }
-
-    /// How long the queue is waited for.
-    fn patience(&self, now: Instant) -> Duration {
-        let sync = self.live.settings().sync;
-        match self.unsynced_since {
-            Some(since) => (since + sync).saturating_duration_since(now),
-            None => LOOK_EVERY,
-        }
     }
 
     fn take(&mut self, job: Job) {
@@ -169,6 +202,10 @@ impl<'a> Writer<'a> {
         drop(job);
         match self.write(&stem, &told, now) {
             Ok(()) => self.account().captured(told.lines.len(), length),
+            // It can be written, only not everything.
+            Err(why) if why.kind() == io::ErrorKind::TimedOut => {
+                self.account().dropped(Lost::Disk(words_for(&why)), now);
+            }
             Err(why) => self.failed(&why, now),
         }
     }
@@ -180,16 +217,13 @@ impl<'a> Writer<'a> {
         // Once more in a new file, if this one is as long as it may be.
         for _ in 0..2 {
             let count = told.lines.len() as u64;
-            let segment = self.segment_of(stem)?;
+            let segment = self.segment_of(stem, now)?;
             match segment.append(&told.bytes, count) {
-                Ok(()) => {
-                    self.unsynced_since.get_or_insert(now);
-                    return Ok(());
-                }
+                Ok(()) => return Ok(()),
                 Err(why) if why.usable => return Err(why.cause),
                 Err(why) => {
-                    let is_empty = segment.unsynced == 0;
-                    self.abandon();
+                    let is_empty = segment.is_empty();
+                    self.abandon(now);
                     if is_empty || why.cause.kind() != io::ErrorKind::FileTooLarge {
                         return Err(why.cause);
                     }
@@ -201,74 +235,58 @@ impl<'a> Writer<'a> {
 
     /// Returns the file of an hour; of another than the one that is open, that
     /// one is closed.
-    fn segment_of(&mut self, stem: &str) -> io::Result<&mut Segment> {
+    fn segment_of(&mut self, stem: &str, now: Instant) -> io::Result<&mut Segment> {
         let is_open = self.segment.as_ref().is_some_and(|open| open.stem == stem);
         if !is_open {
-            self.rotate();
+            self.leave(now);
             make_folder(&self.live.dir)?;
-            let opened = Segment::open(&self.live.dir, stem, &self.abandoned)?;
+            let (opened, torn) = {
+                let hands = &self.live.hands;
+                let _held = hands.lock().unwrap_or_else(PoisonError::into_inner);
+                Segment::open(&self.live.dir, stem, &self.abandoned)?
+            };
             self.segment = Some(opened);
+            if let Some(torn) = torn {
+                self.account().metrics().capture_torn.inc();
+                self.syncer
+                    .file(torn.path, torn.file, self.live.settings().sync)?;
+            }
         }
         self.segment
             .as_mut()
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    /// Closes the file; what is in it is safe then.
-    fn rotate(&mut self) {
-        self.sync();
-        self.segment = None;
+    /// Closes the file; what is in it is made safe at once.
+    fn leave(&mut self, now: Instant) -> Option<PathBuf> {
         self.images_known.clear();
-    }
-
-    /// Never writes to the file again.
-    fn abandon(&mut self) {
-        if let Some(mut segment) = self.segment.take() {
-            // What is in it may still be good; whether it is, nobody can say.
-            if segment.sync().is_err() {
-                self.account().metrics().capture_sync_failures.inc();
-            }
-            self.abandoned.insert(segment.path);
-        }
-        self.unsynced_since = None;
-    }
-
-    fn sync(&mut self) {
-        self.unsynced_since = None;
-        let images = std::mem::take(&mut self.images_unsynced);
-        let mut synced = images.iter().try_for_each(File::sync_data);
-        if !images.is_empty() {
-            synced = synced.and_then(|()| sync_folder(&self.live.dir.join("images")));
-        }
-        let Some(segment) = &mut self.segment else {
-            return;
-        };
-        let in_doubt = segment.unsynced;
-        synced = segment.sync().and(synced);
-        if let Err(why) = synced {
-            let account = &self.live.account;
-            account.metrics().capture_sync_failures.inc();
+        let segment = self.segment.take()?;
+        if !self.syncer.lines(&segment.safety, now, Duration::ZERO) {
+            self.account().metrics().capture_sync_failures.inc();
             log::error!(
-                "lines may not be safe, a new file is begun: file={} lines={in_doubt} {why}",
+                "lines may not be safe, the disk is too slow: file={}",
                 segment.path.display()
             );
-            account.losing(
-                Lost::Disk("what was written cannot be made safe"),
-                Instant::now(),
-            );
-            self.abandoned.insert(segment.path.clone());
-            self.segment = None;
         }
+        Some(segment.path)
+    }
+
+    /// Never writes to the file again. What is in it may still be good.
+    fn abandon(&mut self, now: Instant) {
+        let left = self.leave(now);
+        self.abandoned.extend(left);
     }
 
     /// Looks after everything that is due.
     fn tick(&mut self, now: Instant) {
-        let sync = self.live.settings().sync;
-        if self
-            .unsynced_since
-            .is_some_and(|since| now.duration_since(since) >= sync)
-        {
-            self.sync();
+        if let Some(segment) = &self.segment {
+            if segment.safety.is_broken() {
+                self.abandon(now);
+            } else {
+                let sync = self.live.settings().sync;
+                // With no room it is asked for again.
+                self.syncer.lines(&segment.safety, now, sync);
+            }
         }
         if self
             .looked
@@ -291,21 +309,15 @@ impl<'a> Writer<'a> {
                     segment.path.display()
                 );
                 self.segment = None;
-                self.unsynced_since = None;
                 self.images_known.clear();
             } else if segment.stem != hour {
-                self.rotate();
+                self.leave(now);
             }
         }
         let ready = make_folder(&self.live.dir).and_then(|()| {
-            if !self.repaired {
-                let torn = repair(&self.live.dir)?;
-                self.account().metrics().capture_torn.inc_by(torn);
-                self.repaired = true;
-            }
             if self.retry.is_some() {
                 // Whether it can be written, only writing tells.
-                self.segment_of(&hour)?;
+                self.segment_of(&hour, now)?;
             }
             Ok(())
         });
@@ -363,6 +375,7 @@ impl<'a> Writer<'a> {
     /// Writes an image under another name first: it is there whole or not at
     /// all.
     fn write_image(&mut self, path: &Path, image: &Image) -> io::Result<()> {
+        self.syncer.room()?;
         make_folder(&self.live.dir.join("images"))?;
         let pid = std::process::id();
         let part = path.with_extension(format!("{pid}.part"));
@@ -379,11 +392,8 @@ impl<'a> Writer<'a> {
             });
         match written {
             Ok(file) => {
-                self.images_unsynced.push(file);
-                if self.images_unsynced.len() >= IMAGES_UNSYNCED_MAX {
-                    self.sync();
-                }
-                Ok(())
+                let sync = self.live.settings().sync;
+                self.syncer.file(path.to_owned(), file, sync)
             }
             Err(why) => {
                 // It may not even be there.
@@ -391,10 +401,6 @@ impl<'a> Writer<'a> {
                 Err(why)
             }
         }
-    }
-
-    fn close(&mut self) {
-        self.rotate();
     }
 }
 
@@ -471,7 +477,74 @@ fn words_for(why: &io::Error) -> &'static str {
         io::ErrorKind::FileTooLarge => "the file is as long as it may be",
         io::ErrorKind::ReadOnlyFilesystem => "the disk is read-only",
         io::ErrorKind::PermissionDenied => "no permission",
+        io::ErrorKind::TimedOut => "the disk is too slow",
         io::ErrorKind::NotADirectory | io::ErrorKind::NotFound => "there is no such folder",
         _ => "it cannot be written",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus::IntGauge;
+
+    use super::*;
+    use crate::{
+        plugins::capture::{
+            collected::Bounds,
+            folder::{Folder, Zone},
+        },
+        resources::Resources,
+    };
+
+    const ANSWER: &[u8] = br#"{"choices":[{"message":{"content":"yes"}}]}"#;
+
+    fn job(at: SystemTime) -> Job {
+        let bounds = Bounds {
+            answer: 1000,
+            all: 1000,
+        };
+        let total = IntGauge::new("a", "b").unwrap();
+        let mut answer = Collected::new(bounds, &total);
+        answer.whole(&Bytes::from_static(ANSWER));
+        Job {
+            endpoint: Endpoint::ChatCompletions,
+            request: Bytes::from_static(br#"{"messages":[{"role":"user","content":"?"}]}"#),
+            answer,
+            meta: Meta::default(),
+            at,
+            redactor: None,
+            length: true,
+            place: None,
+        }
+    }
+
+    #[test]
+    fn a_disk_that_makes_nothing_safe_holds_up_no_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            zone: Zone::Utc,
+            sync: Duration::ZERO,
+            min_free: 0,
+            compress: false,
+            max_age: None,
+            max_size: None,
+        };
+        let folder = Folder::of(dir.path().to_owned(), &settings, &Resources::default());
+        let live = folder.live();
+        // Nobody ever takes what is asked for here.
+        let (syncer, _duties) = Syncer::new(&live.account);
+        let mut writer = Writer::new(&live, syncer);
+        let first = SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_367_800);
+        for hours in 0..3 {
+            for _ in 0..1000 {
+                writer.take(job(first + Duration::from_secs(hours * 3600)));
+                writer.tick(Instant::now());
+            }
+        }
+        for name in ["20260102_15", "20260102_16", "20260102_17"] {
+            let path = dir.path().join(format!("{name}.jsonl"));
+            assert_eq!(fs::read_to_string(path).unwrap().lines().count(), 1000);
+        }
+        assert_eq!(live.account.metrics().capture_sync_failures.get(), 0);
     }
 }
