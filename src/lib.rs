@@ -22,7 +22,7 @@
 //! | 4 | [`proxy`], [`admin`], [`reload`], [`sim`] | the edges; they do not import each other |
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
-//! | 1 | [`context`], [`events`], [`outbound`], [`resources`], [`store`], [`worker`] | one request; what changed; calls to servers that are no upstreams; what outlives a snapshot; work beside the requests; what must survive the process |
+//! | 1 | [`context`], [`events`], [`lifecycle`], [`outbound`], [`resources`], [`store`], [`worker`] | one request; what changed; whether the process serves or stops; calls to servers that are no upstreams; what outlives a snapshot; work beside the requests; what must survive the process |
 //! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`sharegpt`], [`client_ip`], [`pattern`], [`logging`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
@@ -80,6 +80,7 @@ pub mod error;
 pub mod events;
 mod export;
 pub mod gateway;
+pub mod lifecycle;
 pub mod logging;
 pub mod metrics;
 mod open_files;

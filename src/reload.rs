@@ -28,7 +28,7 @@ use tokio::{
     time::{interval, sleep},
 };
 
-use crate::{gateway::Gateway, logging::LogHandle};
+use crate::{gateway::Gateway, lifecycle::turned, logging::LogHandle};
 
 /// How often the files are looked at although nothing was reported.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -117,7 +117,8 @@ enum Why {
 
 #[async_trait]
 impl BackgroundService for Reloader {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        let mut leaving = self.gateway.resources.lifecycle.leaving();
         // One note is enough, however many changes there are.
         let (note, mut changed) = mpsc::channel(1);
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
@@ -143,7 +144,7 @@ impl BackgroundService for Reloader {
             watch_folders(watcher.as_mut(), &mut watched, &self.gateway.watched());
             let asked = tokio::select! {
                 biased;
-                _ = shutdown.changed() => return,
+                () = turned(&mut leaving) => break,
                 Some(()) = hangup(&mut hangups) => true,
                 () = std::future::ready(()), if stale => false,
                 Some(()) = changed.recv() => {
@@ -181,6 +182,9 @@ impl BackgroundService for Reloader {
                 })
                 .collect();
             stale = is_new && !self.is_current().await;
+        }
+        while hangup(&mut hangups).await.is_some() {
+            log::warn!("SIGHUP: not reloading, this process is stopping");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::{events::Events, metrics::Metrics, worker::Workers};
+use crate::{events::Events, lifecycle::Lifecycle, metrics::Metrics, worker::Workers};
 
 type Shared = HashMap<(TypeId, String), Arc<dyn Any + Send + Sync>>;
 
@@ -18,6 +18,8 @@ pub struct Resources {
     pub metrics: Arc<Metrics>,
     /// What changed, for whoever wants to hear of it.
     pub events: Arc<Events>,
+    /// Whether the process serves or stops.
+    pub lifecycle: Lifecycle,
     /// The threads that work beside the requests.
     pub workers: Workers,
     shared: Mutex<Shared>,
@@ -29,6 +31,7 @@ impl Resources {
         Self {
             events: Arc::new(Events::new(Arc::clone(&metrics))),
             metrics,
+            lifecycle: Lifecycle::new(),
             workers: Workers::default(),
             shared: Mutex::new(HashMap::new()),
         }

@@ -77,6 +77,8 @@ pub fn report(gateway: &Gateway, snapshot: &Snapshot, reader: Reader) -> Value {
     let off: Vec<_> = snapshot.loaded.disabled.iter().collect();
     json!({
         "status": status,
+        "stage": gateway.resources.lifecycle.state().stage.as_str(),
+        "pid": (reader == Reader::Admin).then(std::process::id),
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": gateway.started.elapsed().as_secs(),
         "config": {

@@ -104,8 +104,12 @@ impl ServerApp for Admin {
             let limits = &snapshot.config().limits;
             (limits.header_timeout.get(), limits.write_timeout.get())
         };
+        let mut _under_way = None;
         let answer = match timeout(header, session.read_request()).await {
-            Ok(Ok(true)) => self.answer(&mut session).await,
+            Ok(Ok(true)) => {
+                _under_way = Some(self.gateway.resources.lifecycle.admin_request());
+                self.answer(&mut session).await
+            }
             Ok(Err(why)) if why.etype() == &ErrorType::InvalidHTTPHeader => {
                 let message = "the request is not valid HTTP";
                 whole(shape(&Error::invalid("malformed_request", message))).await
@@ -319,8 +323,13 @@ async fn health(State(gateway): State<Arc<Gateway>>) -> impl IntoResponse {
     Json(report(&gateway, &gateway.snapshot(), Reader::Admin))
 }
 
-/// Reloads; 422 with every problem if the file is wrong.
+/// Reloads; 422 with every problem if the file is wrong, 409 if the process stops.
 async fn reload(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    if gateway.resources.lifecycle.is_leaving() {
+        let message = "the gateway is stopping: its configuration stays as it is";
+        let status = StatusCode::CONFLICT;
+        return shape(&Error::refused(status, "stopping", message));
+    }
     let reloaded = spawn_blocking(move || gateway.reload()).await;
     match reloaded {
         Ok(Ok(snapshot)) => {

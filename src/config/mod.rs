@@ -6,7 +6,7 @@
 //! them, and a test compares the two.
 //!
 //! What can be written:
-//! - [`limits`], [`log`], [`upstream`], [`resilience`], [`route`]: the parts of
+//! - [`limits`], [`shutdown`], [`log`], [`upstream`], [`resilience`], [`route`]: the parts of
 //!   [`Config`]
 //! - [`units`], [`amounts`]: `30s`, `32MiB`, `20%`; `200k`, `60/min`, `2.50`
 //! - [`plugin_entry`]: one line of a plugin list
@@ -42,6 +42,7 @@ mod resolve;
 pub mod route;
 pub mod schema;
 pub mod secret;
+pub mod shutdown;
 mod special;
 #[cfg(test)]
 mod tests;
@@ -70,6 +71,7 @@ pub use resilience::{Breaker, Check, Retries};
 pub use route::Route;
 pub use schema::{Catalog, schema};
 pub use secret::{Secret, SecretError, SecretRef};
+pub use shutdown::Shutdown;
 pub use units::{Share, Size, Time};
 pub use upstream::{Dialect, Group, KeepAlive, Kind, ResolvedTimeouts, Timeouts, Tls, Upstream};
 
@@ -88,6 +90,8 @@ pub struct Config {
     pub threads: usize,
     /// Bounds on what clients may send, and how long a request may take.
     pub limits: Limits,
+    /// How the process stops.
+    pub shutdown: Shutdown,
     /// Networks whose `X-Forwarded-For` is believed, such as `10.0.0.0/8`.
     #[schemars(with = "Vec<String>", extend("format" = "cidrs"))]
     pub trusted_proxies: Vec<IpNet>,
@@ -122,6 +126,7 @@ impl Default for Config {
             admin: Admin::default(),
             threads: 0,
             limits: Limits::default(),
+            shutdown: Shutdown::default(),
             trusted_proxies: Vec::new(),
             store: None,
             log: Log::default(),

@@ -2,8 +2,9 @@
 //! been sent, and the comments that keep it patient.
 //!
 //! **Invariant:** every wait of an exchange goes through [`Client::wait`]. So a
-//! client that leaves is noticed wherever the exchange is, and a client that
-//! streams hears from us at least every heartbeat.
+//! client that leaves is noticed wherever the exchange is, a client that streams
+//! hears from us at least every heartbeat, and a process that has to end gets to
+//! tell everybody so.
 
 use std::{
     future::Future,
@@ -14,10 +15,13 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode, Version, header};
 use pingora::{http::ResponseHeader, proxy::Session};
-use tokio::time::{sleep_until, timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep_until, timeout},
+};
 
 use super::guarded::guarded;
-use crate::plugins::ResponseHead;
+use crate::{lifecycle::turned, plugins::ResponseHead};
 
 /// What an SSE stream says to keep a connection from looking dead; comments
 /// are ignored by every client.
@@ -26,7 +30,11 @@ const PING: &[u8] = b": ping\n\n";
 /// How much of an answer is written at once.
 const PIECE: usize = 64 * 1024;
 
-/// The client is gone: nobody is left to answer.
+/// How long a client has to take its last event when the process ends.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The client is gone, and nobody is left to answer; or the process ends, see
+/// [`Client::is_cut_short`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Left;
 
@@ -58,6 +66,10 @@ pub(super) struct Client<'a> {
     bytes_out: u64,
     /// When the head of an upstream's answer was sent.
     answering_since: Option<Instant>,
+    /// Turns true when the process ends.
+    ended: watch::Receiver<bool>,
+    /// Whether something was sent in part, and nothing can follow it.
+    is_broken: bool,
 }
 
 impl<'a> Client<'a> {
@@ -66,6 +78,7 @@ impl<'a> Client<'a> {
         session: &'a mut Session,
         heartbeat: Duration,
         write_timeout: Duration,
+        ended: watch::Receiver<bool>,
     ) -> Self {
         Self {
             session,
@@ -78,6 +91,8 @@ impl<'a> Client<'a> {
             wants_position: false,
             bytes_out: 0,
             answering_since: None,
+            ended,
+            is_broken: false,
         }
     }
 
@@ -130,6 +145,12 @@ impl<'a> Client<'a> {
         self.answering_since
     }
 
+    /// Returns whether it is still there, and gave up only because the process
+    /// ends: then it can be told so.
+    pub(super) fn is_cut_short(&self) -> bool {
+        *self.ended.borrow() && !self.is_broken
+    }
+
     /// Returns the bytes of the body sent so far.
     pub(super) fn bytes_out(&self) -> u64 {
         self.bytes_out
@@ -139,7 +160,7 @@ impl<'a> Client<'a> {
     ///
     /// # Errors
     /// [`Left`]: the client closed its connection (also its sending side), or
-    /// does not take what it is sent.
+    /// does not take what it is sent; or the process ends.
     pub(super) async fn wait<T>(
         &mut self,
         deadline: Instant,
@@ -147,24 +168,29 @@ impl<'a> Client<'a> {
     ) -> Result<Waited<T>, Left> {
         let mut work = pin!(work);
         loop {
+            // Here as well: work that is always ready leaves no time to ask.
+            if *self.ended.borrow() {
+                return Err(Left);
+            }
             let ping_at = self.ping_at;
             tokio::select! {
                 biased;
                 // First: an upstream that always has more to say would never
                 // let us find out that nobody listens.
-                gone = self.session.read_body_or_idle(true) => match gone {
+                gone = self.session.read_body_or_idle(true) => {
+                    self.is_broken = true;
                     // Nothing more can come of a body that was read whole.
-                    Ok(_) => return Err(Left),
-                    Err(why) => {
+                    if let Err(why) = gone {
                         log::debug!("client left: {}", why.etype().as_str());
-                        return Err(Left);
                     }
+                    return Err(Left);
                 },
                 done = &mut work => return Ok(Waited::Done(done)),
                 () = sleep_until(deadline.into()) => return Ok(Waited::TooLate),
                 () = sleep_until(ping_at.unwrap_or(deadline).into()), if ping_at.is_some() => {
                     self.ping().await?;
                 }
+                () = turned(&mut self.ended) => return Err(Left),
             }
         }
     }
@@ -202,10 +228,9 @@ impl<'a> Client<'a> {
 
     async fn write_head(&mut self, head: Box<ResponseHeader>) -> Result<(), Left> {
         let sent = self.session.write_response_header(head, false);
-        match timeout(self.write_timeout, sent).await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(Left),
-        }
+        let sent = in_time(self.write_timeout, &mut self.ended, sent).await;
+        self.is_broken = sent.is_err();
+        sent
     }
 
     /// Sends a piece of the body and puts off the next comment.
@@ -247,10 +272,9 @@ impl<'a> Client<'a> {
 
     async fn write_piece(&mut self, piece: Option<Bytes>, end: bool) -> Result<(), Left> {
         let sent = self.session.write_response_body(piece, end);
-        match timeout(self.write_timeout, sent).await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(Left),
-        }
+        let sent = in_time(self.write_timeout, &mut self.ended, sent).await;
+        self.is_broken = sent.is_err();
+        sent
     }
 
     /// [`cut`]s the client off.
@@ -260,6 +284,26 @@ impl<'a> Client<'a> {
 
     fn to_wire(&self, head: ResponseHead, length: Option<usize>) -> ResponseHeader {
         to_wire(self.session.req_header().version, head, length)
+    }
+}
+
+/// Waits until something is sent; less long once the process ends.
+async fn in_time<E>(
+    most: Duration,
+    ended: &mut watch::Receiver<bool>,
+    sent: impl Future<Output = Result<(), E>>,
+) -> Result<(), Left> {
+    let last_words = async {
+        turned(ended).await;
+        tokio::time::sleep(LAST_WORDS).await;
+    };
+    tokio::select! {
+        biased;
+        sent = timeout(most, sent) => match sent {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Left),
+        },
+        () = last_words => Err(Left),
     }
 }
 

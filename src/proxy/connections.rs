@@ -149,6 +149,27 @@ impl Connections {
         open.all.len() * 5 > open.most * 4
     }
 
+    /// Returns how many there are.
+    pub fn len(&self) -> usize {
+        self.open().all.len()
+    }
+
+    /// Returns whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns whether a request is under way on one of them: also one whose
+    /// answer is made, and not yet sent.
+    pub fn any_busy(&self) -> bool {
+        self.open().all.any_busy()
+    }
+
+    /// Closes those that wait for a request of which nothing has come.
+    pub fn stop_idle(&self) {
+        self.open().all.stop_idle();
+    }
+
     /// Counts that a connection went too far, and says so now and then.
     pub(super) fn note(&self, limit: Limit, peer: Option<IpAddr>, what: &str) {
         let name = limit.as_str();

@@ -35,7 +35,7 @@ use super::{
     connections::{Admitted, Limit},
     frames::Watch,
     io::{forward_to_stream, give_back},
-    places::Awaits,
+    places::{Awaits, Goes},
     turned_away::{self, LINGER, LINGER_MAX},
     unreadable::{self, Largest, Size},
 };
@@ -201,10 +201,14 @@ impl Guarded {
             self.clock.get_or_insert_with(|| after(allowed));
             let place = self.admitted.place();
             place.awaits(Awaits::Header, begun.into_std());
-        } else if read.is_pending() && self.admitted.place().poll_ended(cx) {
-            let what = "connection closed to make room: no request under way";
-            self.admitted.note(Limit::MakesRoom, what);
-            self.tell(cx, &turned_away::too_many_connections());
+        } else if read.is_pending()
+            && let Some(why) = self.admitted.place().poll_goes(cx)
+        {
+            if why == Goes::MakesRoom {
+                let what = "connection closed to make room: no request under way";
+                self.admitted.note(Limit::MakesRoom, what);
+                self.tell(cx, &turned_away::too_many_connections());
+            }
             // Nothing was read: that is the end of it.
             return Poll::Ready(Ok(()));
         }
@@ -278,9 +282,13 @@ impl Guarded {
             }
             watch.note(self.admitted.place());
         }
-        if read.is_pending() && self.admitted.place().poll_ended(cx) {
-            let what = "http/2 connection closed to make room: no request under way";
-            self.admitted.note(Limit::MakesRoom, what);
+        if read.is_pending()
+            && let Some(why) = self.admitted.place().poll_goes(cx)
+        {
+            if why == Goes::MakesRoom {
+                let what = "http/2 connection closed to make room: no request under way";
+                self.admitted.note(Limit::MakesRoom, what);
+            }
             return Poll::Ready(Ok(()));
         }
         read

@@ -25,7 +25,7 @@ pub(super) async fn answer(
     gateway: &Gateway,
     snapshot: &Snapshot,
     ctx: &RequestContext,
-    draining: bool,
+    leaving: bool,
 ) -> Result<LocalResponse> {
     Ok(match call {
         Call::Models => {
@@ -42,7 +42,7 @@ pub(super) async fn answer(
             }
         }
         Call::Health => ok(&report(gateway, snapshot, Reader::Anybody)),
-        Call::Ready if draining => status(StatusCode::SERVICE_UNAVAILABLE, "draining"),
+        Call::Ready if leaving => status(StatusCode::SERVICE_UNAVAILABLE, "draining"),
         Call::Ready => status(StatusCode::OK, "ready"),
         Call::Live => status(StatusCode::OK, "live"),
         Call::Root | Call::Model(_) => ok(&json!({

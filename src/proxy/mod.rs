@@ -51,14 +51,7 @@ mod turned_away;
 mod unreadable;
 mod verdict;
 
-use std::{
-    panic::AssertUnwindSafe,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
@@ -74,7 +67,7 @@ use self::{
     serve::{Done, Live},
 };
 pub use self::{connections::Connections, edge::Edge};
-use crate::gateway::Gateway;
+use crate::{gateway::Gateway, lifecycle::UnderWay, metrics::Metrics, resources::Resources};
 
 /// How much later than our deadline for a body Pingora's own for one read is.
 const READ_MARGIN: Duration = Duration::from_secs(5);
@@ -85,23 +78,17 @@ const CROWDED_KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// The proxy: one per process, shared by every connection.
 pub struct Proxy {
     gateway: Arc<Gateway>,
-    draining: Arc<AtomicBool>,
     connections: Arc<Connections>,
     bodies: Arc<Bodies>,
 }
 
 impl Proxy {
-    /// Makes the proxy of a gateway. While `draining` is set, `/readyz` says so
-    /// and connections are not kept.
-    pub fn new(
-        gateway: Arc<Gateway>,
-        draining: Arc<AtomicBool>,
-        connections: Arc<Connections>,
-    ) -> Self {
+    /// Makes the proxy of a gateway. While that is leaving, `/readyz` says so and
+    /// connections are not kept.
+    pub fn new(gateway: Arc<Gateway>, connections: Arc<Connections>) -> Self {
         let metrics = Arc::clone(&gateway.resources.metrics);
         Self {
             gateway,
-            draining,
             connections,
             bodies: Arc::new(Bodies::new(metrics)),
         }
@@ -113,6 +100,31 @@ impl Proxy {
 pub struct RequestState {
     /// Set when the header is in and the request is counted.
     live: Option<Live>,
+    /// A stopping process waits until it is dropped: after all else.
+    counted: Option<Counted>,
+}
+
+/// A request that is under way. That is noticed by its `Drop`, so that nothing
+/// that goes wrong with a request can keep the process from stopping.
+struct Counted {
+    metrics: Arc<Metrics>,
+    _under_way: UnderWay,
+}
+
+impl Counted {
+    fn new(resources: &Resources) -> Self {
+        resources.metrics.in_flight.inc();
+        Self {
+            metrics: Arc::clone(&resources.metrics),
+            _under_way: resources.lifecycle.request(),
+        }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.metrics.in_flight.dec();
+    }
 }
 
 #[async_trait]
@@ -133,7 +145,7 @@ impl ProxyHttp for Proxy {
         }
         let snapshot = self.gateway.snapshot();
         let limits = &snapshot.config().limits;
-        if self.draining.load(Ordering::Relaxed) {
+        if self.gateway.resources.lifecycle.is_leaving() {
             session.set_keepalive(None);
         } else if session.get_keepalive().is_some() {
             // Pingora switches keep-alive off where a connection cannot be
@@ -160,8 +172,8 @@ impl ProxyHttp for Proxy {
         state: &mut RequestState,
     ) -> pingora::Result<bool> {
         let snapshot = self.gateway.snapshot();
+        state.counted = Some(Counted::new(&self.gateway.resources));
         let live = state.live.insert(self.begin(session, &snapshot));
-        self.gateway.resources.metrics.in_flight.inc();
         let serving = Box::pin(self.serve(session, live, &snapshot));
         let done = match caught(serving).await {
             Ok(Ok(done)) => done,
@@ -212,8 +224,7 @@ impl ProxyHttp for Proxy {
             metrics.panics.inc();
             log::error!("request panicked at its end: id={id}");
         }
-        // Last: a stopping process waits for this.
-        metrics.in_flight.dec();
+        state.counted = None;
     }
 
     async fn upstream_peer(
@@ -247,14 +258,14 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::{config, gateway::catalog, resources::Resources};
+    use crate::{config, gateway::catalog};
 
     fn proxy() -> Proxy {
         let loaded = config::built_in(&catalog()).unwrap();
         let gateway = Gateway::new(loaded, None, Arc::new(Resources::default())).unwrap();
         let metrics = Arc::clone(&gateway.resources.metrics);
         let connections = Arc::new(Connections::new(metrics, 10));
-        Proxy::new(Arc::new(gateway), Arc::default(), connections)
+        Proxy::new(Arc::new(gateway), connections)
     }
 
     #[tokio::test]

@@ -34,6 +34,15 @@ pub(super) enum Awaits {
     Header,
 }
 
+/// Why a connection has to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Goes {
+    /// Somebody new needs its place.
+    MakesRoom,
+    /// The process stops.
+    Stops,
+}
+
 /// The place of one connection.
 #[derive(Debug)]
 pub(super) struct Place {
@@ -46,8 +55,10 @@ pub(super) struct Place {
 
 /// A request is under way.
 const BUSY: u64 = 0;
-/// It has to go.
+/// It has to go: others need its place.
 const ENDED: u64 = 1;
+/// It has to go: the process stops.
+const STOPPED: u64 = 1 << 2 | ENDED;
 /// All else: since when it waits, in milliseconds, above two bits for what.
 const REQUEST: u64 = 2;
 const HEADER: u64 = 3;
@@ -81,9 +92,18 @@ impl Place {
     }
 
     /// Returns whether it has to go; if not, whoever polls is woken when it has.
-    pub(super) fn poll_ended(&self, cx: &Context<'_>) -> bool {
+    pub(super) fn poll_goes(&self, cx: &Context<'_>) -> Option<Goes> {
         self.reader.register(cx.waker());
-        self.state.load(SeqCst) == ENDED
+        match self.state.load(SeqCst) {
+            ENDED => Some(Goes::MakesRoom),
+            STOPPED => Some(Goes::Stops),
+            _ => None,
+        }
+    }
+
+    /// Returns whether a request is under way.
+    fn is_busy(&self) -> bool {
+        self.state.load(SeqCst) == BUSY
     }
 
     /// Returns its state if it may go, and in which order.
@@ -102,8 +122,8 @@ impl Place {
     }
 
     /// Ends it, unless it has gone on since that state.
-    fn end(&self, state: u64) -> bool {
-        let ended = self.state.compare_exchange(state, ENDED, SeqCst, SeqCst);
+    fn end(&self, state: u64, how: u64) -> bool {
+        let ended = self.state.compare_exchange(state, how, SeqCst, SeqCst);
         if ended.is_ok() {
             self.reader.wake();
         }
@@ -145,6 +165,21 @@ impl Places {
         }
     }
 
+    /// Returns whether a request is under way at one of them.
+    pub(super) fn any_busy(&self) -> bool {
+        self.all.values().any(|place| place.is_busy())
+    }
+
+    /// Tells all to go that wait for a request of which nothing has come.
+    pub(super) fn stop_idle(&self) {
+        for place in self.all.values() {
+            let state = place.state.load(SeqCst);
+            if state & 3 == REQUEST {
+                place.end(state, STOPPED);
+            }
+        }
+    }
+
     /// Tells one that waits for its client to go: one that has been idle for
     /// long, else one whose header is not in, else any that is idle; of equals
     /// the one that has waited the longest. Returns whether there was one.
@@ -176,7 +211,7 @@ impl Places {
 
     fn end_first(&mut self) -> bool {
         while let Some((state, place)) = self.first.pop_front() {
-            if place.end(state) {
+            if place.end(state, ENDED) {
                 return true;
             }
         }
@@ -244,6 +279,24 @@ mod tests {
         // A request that came in before it went.
         all[2].works();
         assert!(!is_ended(&all[2]));
+    }
+
+    #[test]
+    fn a_process_that_stops_sends_away_who_is_idle_and_nobody_else() {
+        let epoch = Instant::now();
+        let (places, all) = places(3, epoch);
+        all[0].works();
+        all[1].awaits(Awaits::Header, epoch);
+        assert!(places.any_busy());
+        places.stop_idle();
+        let goes = |place: &Place| place.poll_goes(&Context::from_waker(std::task::Waker::noop()));
+        assert_eq!(goes(&all[0]), None);
+        assert_eq!(goes(&all[1]), None);
+        assert_eq!(goes(&all[2]), Some(Goes::Stops));
+        all[0].awaits(Awaits::Request, epoch);
+        assert!(!places.any_busy());
+        places.stop_idle();
+        assert_eq!(goes(&all[0]), Some(Goes::Stops));
     }
 
     #[test]

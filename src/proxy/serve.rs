@@ -4,29 +4,35 @@
 use std::{
     borrow::Cow,
     net::{IpAddr, Ipv4Addr},
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
+    time::Duration,
 };
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 use pingora::proxy::Session;
+use tokio::time::timeout;
 
 use super::{
     Proxy,
     bodies::Reserved,
     body::{self, BodyError},
     calls::{self, Call},
-    client::{Client, Left, cut, event_stream},
+    client::{Client, LAST_WORDS, Left, cut, event_stream},
     exchange::{Ended, Exchange},
     head, local, respond,
 };
 use crate::{
     client_ip::client_ip,
-    context::{Class, Ending, RequestContext},
+    context::{Class, Ending, RequestContext, Verdict},
     error::{Error, Result},
     gateway::Snapshot,
     openai::{ApiRequest, error_event},
     plugins::{Chain, Flow, LocalResponse},
 };
+
+/// When to ask again where a process ends: a load balancer, or its successor, has
+/// another one ready.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A request that is counted and will be recorded, once.
 pub(super) struct Live {
@@ -129,7 +135,21 @@ impl Proxy {
         live: &mut Live,
         snapshot: &Snapshot,
     ) -> std::result::Result<Done, Left> {
-        let served = match self.prepare(session, live, snapshot).await {
+        let lifecycle = &self.gateway.resources.lifecycle;
+        let prepared = tokio::select! {
+            biased;
+            prepared = self.prepare(session, live, snapshot) => prepared,
+            () = lifecycle.end() => {
+                self.count_cut_short();
+                let error = stopping();
+                let done = Done::local(error.status, error.code.clone(), 0);
+                live.tell_last(&done.ended);
+                // Not until the rest of its body has come.
+                let told = timeout(LAST_WORDS, send_error(session, live, error)).await;
+                return told.unwrap_or(Ok(done));
+            }
+        };
+        let served = match prepared {
             Ok(Prepared::Call(plan)) => {
                 return self.exchange(session, live, snapshot, &plan).await;
             }
@@ -162,7 +182,7 @@ impl Proxy {
         let request = session.req_header();
         let call = calls::look_up(&request.method, request.raw_path())?;
         live.call = call.name();
-        let draining = self.draining.load(Ordering::Relaxed);
+        let leaving = self.gateway.resources.lifecycle.is_leaving();
         let Call::Model(endpoint) = call else {
             if !call.is_public() {
                 live.chain = Some(Arc::clone(snapshot.chain()));
@@ -170,7 +190,7 @@ impl Proxy {
                     return Ok(Prepared::Local(answer));
                 }
             }
-            let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, draining).await?;
+            let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, leaving).await?;
             return Ok(Prepared::Local(answer));
         };
         // With lists per route the body must tell which list it is.
@@ -223,6 +243,11 @@ impl Proxy {
         Ok(Prepared::Call(Box::new(plan)))
     }
 
+    fn count_cut_short(&self) {
+        let metrics = &self.gateway.resources.metrics;
+        metrics.limits.with_label_values(&["shutdown_drain"]).inc();
+    }
+
     async fn exchange(
         &self,
         session: &mut Session,
@@ -240,7 +265,12 @@ impl Proxy {
             .request
             .as_ref()
             .is_some_and(|request| request.stream);
-        let mut client = Client::new(session, limits.heartbeat.get(), limits.write_timeout.get());
+        let mut client = Client::new(
+            session,
+            limits.heartbeat.get(),
+            limits.write_timeout.get(),
+            self.gateway.resources.lifecycle.ended(),
+        );
         if streamed {
             let mut headers = respond::common_headers(&live.ctx.id);
             headers.extend(live.ctx.reply.clone());
@@ -259,6 +289,10 @@ impl Proxy {
                 return Ok(Done { ended, bytes_out });
             }
             Ok(Err(error)) => error,
+            Err(Left) if client.is_cut_short() => {
+                self.count_cut_short();
+                stopping()
+            }
             Err(Left) => {
                 let mut done = Done::left(client.bytes_out());
                 done.ended.streamed = streamed;
@@ -273,18 +307,39 @@ impl Proxy {
             live.tell_last(&Ended::local(error.status, error.code.clone()));
             return send_error(session, live, error).await;
         }
-        // A comment has gone out under a 200: the error is an event.
         let event = error_event(&error);
-        let ended = Ended {
-            ending: Ending::Incomplete,
-            streamed: true,
-            ..Ended::local(error.status, error.code)
+        let ended = match client.answering_since() {
+            // A comment has gone out under a 200: the error is an event.
+            None => Ended {
+                ending: Ending::Incomplete,
+                streamed: true,
+                ..Ended::local(error.status, error.code)
+            },
+            Some(since) => Ended {
+                ending: Ending::Incomplete,
+                verdict: Verdict::Cut,
+                streamed: true,
+                first_token: Some(since.duration_since(live.ctx.started)),
+                ..Ended::local(StatusCode::OK, error.code)
+            },
         };
         live.tell_last(&ended);
         client.finish(event).await?;
         let bytes_out = client.bytes_out();
         Ok(Done { ended, bytes_out })
     }
+}
+
+/// What is told to who is still here when the process ends.
+fn stopping() -> Error {
+    Error::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "server_error",
+        "server_shutdown",
+        "the gateway stops before this answer is complete: ask again",
+    )
+    .retry_after(RETRY_AFTER)
+    .closing()
 }
 
 /// Cuts a path to what a log line needs.

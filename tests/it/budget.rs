@@ -135,7 +135,7 @@ async fn what_was_used_survives_a_kill() {
     let yaml = open(
         file.to_str().unwrap(),
         "month: { tokens: 60 }",
-        &one_group(&[&gpu]),
+        &format!("shutdown: {{ lame_duck: 0s }}\n{}", one_group(&[&gpu])),
     );
     let mut gateway = Gateway::start(&yaml).await;
     for _ in 0..2 {

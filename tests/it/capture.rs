@@ -586,23 +586,24 @@ async fn what_does_not_fit_is_counted_and_every_line_is_whole() {
 async fn every_exchange_is_accounted_for_when_the_process_ends() {
     let gpu = sim("gpu-1").await;
     gpu.fault("gap=2").await.unwrap();
-    let mut gateway = Gateway::start(&capturing("", &one_group(&[&gpu]))).await;
+    let rest = format!("shutdown: {{ lame_duck: 0s }}\n{}", one_group(&[&gpu]));
+    let mut gateway = Gateway::start(&capturing("", &rest)).await;
     let whole = (0..30).map(|number| ask_owned(gateway.addr, format!("nonce-{number}")));
     let whole: Vec<_> = whole.map(tokio::spawn).collect();
     for _ in 0..3 {
         leave_a_stream(&gateway, "left").await;
-        gateway.write_config(&capturing(", length: true", &one_group(&[&gpu])));
+        gateway.write_config(&capturing(", length: true", &rest));
     }
     let mut connection = Connection::open(gateway.addr).await;
     let body = asking("at the end", json!({ "stream": true, "max_tokens": 50 }));
     connection.request("POST", CHAT, &[], body.as_bytes()).await;
     connection.read_until("answers:").await;
-    gateway.signal("TERM");
-    let last = connection.answer().await;
-    assert_eq!(last.events().last().unwrap(), "[DONE]");
     for one in whole {
         assert_eq!(one.await.unwrap(), 200);
     }
+    gateway.signal("TERM");
+    let last = connection.answer().await;
+    assert_eq!(last.events().last().unwrap(), "[DONE]");
     eventually("it has ended", || {
         let ended = gateway.exited().is_some();
         async move { ended }

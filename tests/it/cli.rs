@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::support::{
-    Answer, Connection, Gateway, chat, chat_stream, eventually,
+    Answer, Gateway, chat, eventually,
     gateway::{command, free_port},
     http::{ask, get, post_chat},
     one_group, sim,
@@ -363,72 +363,6 @@ fn every_example_is_a_valid_configuration() {
         assert_eq!(output.status.code(), Some(0), "{}", err(&output));
         assert!(out(&output).ends_with(": ok\n"), "{}", out(&output));
     }
-}
-
-#[tokio::test]
-async fn sigterm_lets_a_request_on_its_way_end() {
-    let gpu = sim("gpu-1").await;
-    gpu.fault("gap=40;tokens=20").await.unwrap();
-    let mut gateway = Gateway::start(&one_group(&[&gpu])).await;
-    let mut connection = Connection::open(gateway.addr).await;
-    let body = chat_stream("demo");
-    connection
-        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
-        .await;
-    connection.read_until("gpu-1").await;
-    gateway.signal("TERM");
-    gateway.logged("stopping: requests_in_flight=1").await;
-    let ready = get(gateway.addr, "/readyz").await;
-    assert_eq!(ready.status, 503);
-    assert_eq!(ready.header("connection"), Some("close"));
-    assert_eq!(get(gateway.addr, "/livez").await.status, 200);
-    assert!(
-        !gpu.records()[0].finished(),
-        "the stream was over too early to prove anything"
-    );
-    let answer = connection.answer().await;
-    assert!(answer.complete);
-    assert_eq!(answer.events().last().unwrap(), "[DONE]");
-    assert_eq!(answer.content().split_whitespace().count(), 20);
-    assert_eq!(ended(&mut gateway).await, Some(0));
-    assert!(
-        gateway.log().contains("forebay stopped"),
-        "{}",
-        gateway.log()
-    );
-    // The last access line is not lost.
-    assert!(
-        gateway.log().contains("path=/v1/chat/completions"),
-        "{}",
-        gateway.log()
-    );
-}
-
-#[tokio::test]
-async fn sigint_ends_at_once() {
-    let gpu = sim("gpu-1").await;
-    gpu.fault("hang").await.unwrap();
-    let mut gateway = Gateway::start(&one_group(&[&gpu])).await;
-    let mut connection = Connection::open(gateway.addr).await;
-    connection
-        .request("POST", "/v1/chat/completions", &[], chat("demo").as_bytes())
-        .await;
-    gateway
-        .metric_becomes("forebay_requests_in_flight", 1.0)
-        .await;
-    gateway.signal("INT");
-    assert_eq!(ended(&mut gateway).await, Some(0));
-}
-
-async fn ended(gateway: &mut Gateway) -> Option<i32> {
-    let mut status = None;
-    eventually("the process has ended", || {
-        status = gateway.exited();
-        let ended = status.is_some();
-        async move { ended }
-    })
-    .await;
-    status.and_then(|status| status.code())
 }
 
 /// A job of the binary that runs on, and what it has printed.

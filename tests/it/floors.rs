@@ -21,6 +21,7 @@ const FLOORS: [&[&str]; 6] = [
     &[
         "context",
         "events",
+        "lifecycle",
         "outbound",
         "resources",
         "store",

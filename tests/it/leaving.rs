@@ -345,7 +345,8 @@ async fn a_slot_of_who_left_inside_a_stream_is_free_again() {
 #[tokio::test]
 async fn who_stops_reading_small_events_is_given_up_and_keeps_nobody_from_exiting() {
     let upstream = ByHand::listen().await;
-    let config = group_of(&upstream.url()) + "limits: { write_timeout: 500ms }\n";
+    let config = group_of(&upstream.url())
+        + "limits: { write_timeout: 500ms }\nshutdown: { lame_duck: 0s }\n";
     let mut gateway = Gateway::start(&config).await;
     let mut client = Connection::open_narrow(gateway.addr).await;
     let body = chat_stream("demo");

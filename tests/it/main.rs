@@ -51,5 +51,6 @@ mod routing;
 mod slow_clients;
 mod smoke;
 mod smuggling;
+mod stopping;
 mod streaming;
 mod takeover;

@@ -203,6 +203,7 @@ class Gateway(Process):
             "listen": f"127.0.0.1:{self.addr[1]}",
             "admin": {"listen": self.admin.removeprefix("http://"), "key": "env:CANARY_ADMIN"},
             "log": {"format": "json"},
+            "shutdown": {"lame_duck": "0s"},
             "plugins": [plugin],
             **config,
         }

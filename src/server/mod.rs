@@ -1,12 +1,12 @@
 //! Assembles the process: the data listener, the admin listener, the background
 //! jobs, and how all of it stops.
 
+mod course;
+mod listening;
+
 use std::{
     net::{SocketAddr, TcpListener},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,20 +16,15 @@ use pingora::{
     listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions},
     protocols::{TcpKeepalive, http::v2::server::default_h2_options},
     proxy::http_proxy,
-    server::{
-        RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch,
-        configuration::ServerConf,
-    },
+    server::{RunArgs, Server, ShutdownWatch, configuration::ServerConf},
     services::{
         background::{BackgroundService, background_service},
         listening::Service,
     },
 };
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    time::{Instant, sleep},
-};
+use tokio::signal::unix::{SignalKind, signal};
 
+use self::{course::Course, listening::Listening};
 use crate::{
     admin::Admin,
     gateway::Gateway,
@@ -40,12 +35,8 @@ use crate::{
     upstreams::{check, resolve},
 };
 
-/// How long requests on their way may take after SIGTERM.
-const DRAIN: Duration = Duration::from_secs(300);
 /// How long what is left in the queues of the background threads may take.
 const WORKERS_STOP: Duration = Duration::from_secs(10);
-/// How often a draining process looks whether it is done.
-const DRAIN_LOOK: Duration = Duration::from_millis(50);
 /// How long an idle HTTP/2 connection is kept (Pingora's default is for ever).
 const H2_IDLE: Duration = Duration::from_secs(300);
 /// How much of a body an HTTP/2 client may send unasked: per stream, and per
@@ -93,7 +84,7 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
         None,
         ServerConf {
             threads,
-            // Stopping is ours, see `Signals`.
+            // Stopping is ours, see `Course`.
             grace_period_seconds: Some(0),
             graceful_shutdown_timeout_seconds: Some(1),
             max_retries: 1,
@@ -102,15 +93,10 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     );
     server.bootstrap();
 
-    let draining = Arc::new(AtomicBool::new(false));
     let connections = Arc::new(count_connections(&gateway));
     let mut proxy = http_proxy(
         &server.configuration,
-        Proxy::new(
-            Arc::clone(&gateway),
-            Arc::clone(&draining),
-            Arc::clone(&connections),
-        ),
+        Proxy::new(Arc::clone(&gateway), Arc::clone(&connections)),
     );
     let mut options = HttpServerOptions::default();
     options.h2c = true;
@@ -125,15 +111,16 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
         .initial_connection_window_size(H2_CONNECTION_WINDOW)
         .max_send_buffer_size(H2_SEND_BUFFER);
     proxy.h2_options = Some(h2);
-    let edge = Edge::new(proxy, Arc::clone(&gateway), connections);
+    let lifecycle = &gateway.resources.lifecycle;
+    let edge = Edge::new(proxy, Arc::clone(&gateway), Arc::clone(&connections));
     let mut data = Service::new("data".to_owned(), edge);
     data.add_listener(listener(&config.listen));
-    server.add_service(data);
+    server.add_service(Listening::new(data, lifecycle.closed()));
 
     let mut admin = Service::new("admin".to_owned(), Admin::new(Arc::clone(&gateway)));
     admin.threads = Some(1);
     admin.add_tcp(&config.admin.listen);
-    server.add_service(admin);
+    server.add_service(Listening::new(admin, lifecycle.admin_closed()));
 
     let reloader = Reloader::new(Arc::clone(&gateway), log);
     server.add_service(background_service("reload", reloader));
@@ -153,11 +140,12 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     snapshot.start_plugins(&gateway.resources);
     drop(snapshot);
     let resources = Arc::clone(&gateway.resources);
-    let signals = Signals { gateway, draining };
+    let course = Course::new(gateway, connections);
     server.run(RunArgs {
-        shutdown_signal: Box::new(signals),
+        shutdown_signal: Box::new(course),
     });
-    // No request is left: what they left to be written is all there is.
+    // No request is left: what they left to be written is all there is. This is
+    // the one place where the process ends.
     if !resources.workers.stop(WORKERS_STOP) {
         log::warn!("not everything was written before the end");
     }
@@ -269,47 +257,5 @@ impl BackgroundService for Checker {
         };
         let metrics = Arc::clone(&self.0.resources.metrics);
         check::run(live, Arc::clone(&self.0.connector), metrics, shutdown).await;
-    }
-}
-
-/// Turns signals into Pingora's shutdown.
-///
-/// SIGTERM lets requests on their way end: new ones are still served, `/readyz`
-/// says 503, connections are not kept. A second signal, or SIGINT, ends at once.
-struct Signals {
-    gateway: Arc<Gateway>,
-    draining: Arc<AtomicBool>,
-}
-
-#[async_trait]
-impl ShutdownSignalWatch for Signals {
-    async fn recv(&self) -> ShutdownSignal {
-        let registered = (
-            signal(SignalKind::terminate()),
-            signal(SignalKind::interrupt()),
-        );
-        let (Ok(mut terminate), Ok(mut interrupt)) = registered else {
-            log::error!("signals cannot be handled: only SIGKILL will stop this process");
-            return std::future::pending().await;
-        };
-        tokio::select! {
-            _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
-            _ = terminate.recv() => {}
-        }
-        self.draining.store(true, Ordering::Relaxed);
-        let in_flight = &self.gateway.resources.metrics.in_flight;
-        log::info!("stopping: requests_in_flight={}", in_flight.get());
-        let until = Instant::now() + DRAIN;
-        let drained = async {
-            while in_flight.get() > 0 && Instant::now() < until {
-                sleep(DRAIN_LOOK).await;
-            }
-        };
-        tokio::select! {
-            () = drained => {}
-            _ = terminate.recv() => log::warn!("stopping at once: second signal"),
-            _ = interrupt.recv() => log::warn!("stopping at once: second signal"),
-        }
-        ShutdownSignal::FastShutdown
     }
 }
