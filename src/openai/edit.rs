@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use bytes::Bytes;
 
 use super::{
-    ApiRequest, Endpoint,
+    ApiRequest, Endpoint, N_PREDICT,
     cursor::Cursor,
     json::{self, Member, Object},
 };
@@ -80,21 +80,18 @@ impl ApiRequest {
     /// own key, or sets one if the client did not. Empty if nothing changes, and
     /// for calls that generate nothing.
     pub fn max_tokens_cap(&self, cap: u64) -> Vec<Edit<'static>> {
-        let keys: &[&'static str] = match self.endpoint {
-            Endpoint::ChatCompletions => &["max_tokens", "max_completion_tokens"],
-            Endpoint::Completions => &["max_tokens"],
-            Endpoint::Responses => &["max_output_tokens"],
-            Endpoint::Embeddings | Endpoint::Rerank | Endpoint::Moderations => return Vec::new(),
-        };
-        let wishes = keys.iter().filter_map(|&key| {
-            let wish = Cursor::new(self.get(key)?).integer()?;
-            Some((key, wish))
+        let keys = self.endpoint.token_keys();
+        let written = keys.iter().filter_map(|&key| {
+            let value = self.get(key).filter(|value| *value != b"null")?;
+            // What is no such number is llama.cpp's -1: no bound.
+            Some((key, Cursor::new(value).integer()))
         });
         let mut edits = Vec::new();
         let mut bounded = false;
-        for (key, wish) in wishes {
-            bounded = true;
-            if wish > cap {
+        for (key, wish) in written {
+            // Only llama.cpp heeds its own word.
+            bounded |= key != N_PREDICT;
+            if wish.is_none_or(|wish| wish > cap) {
                 edits.push(Edit::set(key, cap.to_string().into_bytes()));
             }
         }

@@ -2,6 +2,17 @@
 
 use std::fmt;
 
+/// Every key by which a client bounds the tokens of an answer, of whatever call:
+/// what limits one of them limits all.
+pub const TOKEN_KEYS: [&str; 4] = [
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    N_PREDICT,
+];
+/// llama.cpp's own bound on the tokens of an answer; others pass over it.
+pub const N_PREDICT: &str = "n_predict";
+
 /// One of OpenAI's calls that take a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Endpoint {
@@ -76,6 +87,18 @@ impl Endpoint {
         )
     }
 
+    /// Returns the keys by which a client bounds the tokens of an answer of this
+    /// call, that of OpenAI's API first; `n_predict` is llama.cpp's, where it
+    /// overrules the others. None for calls that generate nothing.
+    pub const fn token_keys(self) -> &'static [&'static str] {
+        match self {
+            Self::ChatCompletions => &["max_tokens", "max_completion_tokens", N_PREDICT],
+            Self::Completions => &["max_tokens", N_PREDICT],
+            Self::Responses => &["max_output_tokens", N_PREDICT],
+            Self::Embeddings | Self::Rerank | Self::Moderations => &[],
+        }
+    }
+
     /// Finds the endpoint of a path that a client called; exact, no prefixes.
     pub fn of_path(path: &str) -> Option<Self> {
         Self::ALL
@@ -103,6 +126,17 @@ mod tests {
                 endpoint.suffix().trim_start_matches('/').replace('/', "_")
             );
             assert_eq!(Endpoint::of_path(endpoint.path()), Some(endpoint));
+        }
+    }
+
+    #[test]
+    fn every_bound_of_a_call_is_known_as_one() {
+        let all = Endpoint::ALL.into_iter().flat_map(Endpoint::token_keys);
+        for key in all {
+            assert!(TOKEN_KEYS.contains(key), "{key}");
+        }
+        for endpoint in Endpoint::ALL {
+            assert_eq!(endpoint.streams(), !endpoint.token_keys().is_empty());
         }
     }
 

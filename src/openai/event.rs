@@ -43,6 +43,8 @@ pub struct Usage {
     pub cached_tokens: u64,
     /// Of the answer's, those that were spent on reasoning.
     pub reasoning_tokens: u64,
+    /// Whether no upstream told any of it, so that it is a guess of ours.
+    pub estimated: bool,
 }
 
 /// Reads what an event of this endpoint's stream says.
@@ -518,7 +520,8 @@ mod tests {
                 completion_tokens: 16,
                 total_tokens: 35,
                 cached_tokens: 18,
-                reasoning_tokens: 4
+                reasoning_tokens: 4,
+                estimated: false,
             })
         );
     }

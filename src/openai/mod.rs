@@ -34,7 +34,7 @@ pub mod upstream_error;
 pub mod whole;
 
 pub use edit::Edit;
-pub use endpoint::Endpoint;
+pub use endpoint::{Endpoint, N_PREDICT, TOKEN_KEYS};
 pub use event::{Facts, Usage, inspect, usage_of_body, without_usage};
 pub use json::{JsonError, Object};
 pub use request::{ApiRequest, MaxTokens};

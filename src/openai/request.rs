@@ -9,7 +9,7 @@
 use bytes::Bytes;
 
 use super::{
-    Endpoint,
+    Endpoint, N_PREDICT, TOKEN_KEYS,
     cursor::Cursor,
     json::{self, Kind, Member, Object},
 };
@@ -35,7 +35,7 @@ const STEERING: [&str; 4] = ["api_base", "base_url", "api_key", "custom_llm_prov
 
 /// The keys that are read here. Some readers (Go's, and so Ollama) take any
 /// other spelling of one for it: `{"model":"a","MODEL":"b"}` asks them for b.
-const READ: [&str; 14] = [
+const READ: [&str; 15] = [
     "model",
     "stream",
     "stream_options",
@@ -44,6 +44,7 @@ const READ: [&str; 14] = [
     "max_tokens",
     "max_completion_tokens",
     "max_output_tokens",
+    "n_predict",
     "stop",
     "messages",
     "prompt",
@@ -51,9 +52,6 @@ const READ: [&str; 14] = [
     "query",
     "documents",
 ];
-
-/// The keys by which a client bounds the answer.
-const TOKEN_KEYS: [&str; 3] = ["max_completion_tokens", "max_tokens", "max_output_tokens"];
 
 /// A request that has been checked, with the bytes it came in.
 #[derive(Clone, Debug)]
@@ -70,7 +68,8 @@ pub struct ApiRequest {
     pub stream: bool,
     /// How many answers are wanted, 1..=128; 1 if the client does not say.
     pub n: u32,
-    /// The bound on generated tokens; the largest if there are several.
+    /// The bound on generated tokens; the largest if there are several, since
+    /// servers differ in which they heed. `None` if one of them says "no bound".
     pub max_tokens: Option<MaxTokens>,
     /// `stream_options.include_usage`, if the client wrote it.
     pub include_usage: Option<bool>,
@@ -79,8 +78,7 @@ pub struct ApiRequest {
 /// A client's bound on the tokens of one answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MaxTokens {
-    /// The key that says so: `max_tokens`, `max_completion_tokens` or
-    /// `max_output_tokens`.
+    /// The key that says so: one of [`Endpoint::token_keys`].
     pub key: &'static str,
     /// Tokens, 1..=10,000,000.
     pub value: u64,
@@ -119,7 +117,7 @@ impl ApiRequest {
         }
         let n = body.integer("n", ANSWERS_MAX)?.unwrap_or(1);
         body.integer("best_of", ANSWERS_MAX)?;
-        let max_tokens = body.max_tokens()?;
+        let max_tokens = body.max_tokens(endpoint)?;
         let include_usage = body.include_usage(max_depth)?;
         body.check_stop()?;
         match endpoint {
@@ -289,16 +287,22 @@ impl<'a> Body<'a> {
         }
     }
 
-    fn max_tokens(&self) -> Result<Option<MaxTokens>> {
+    fn max_tokens(&self, endpoint: Endpoint) -> Result<Option<MaxTokens>> {
         let mut largest: Option<MaxTokens> = None;
+        let mut boundless = false;
         for key in TOKEN_KEYS {
+            if key == N_PREDICT && self.find(key).is_some_and(|(_, value)| is_negative(value)) {
+                boundless |= endpoint.token_keys().contains(&key);
+                continue;
+            }
             if let Some(value) = self.integer(key, TOKENS_MAX)?
+                && endpoint.token_keys().contains(&key)
                 && largest.is_none_or(|other| other.value < value)
             {
                 largest = Some(MaxTokens { key, value });
             }
         }
-        Ok(largest)
+        Ok(largest.filter(|_| !boundless))
     }
 
     fn include_usage(&self, max_depth: usize) -> Result<Option<bool>> {
@@ -453,6 +457,12 @@ impl<'a> Body<'a> {
     }
 }
 
+/// Says whether a number is below 0: to llama.cpp that means without a bound.
+fn is_negative(value: &[u8]) -> bool {
+    let digits = value.strip_prefix(b"-").unwrap_or_default();
+    !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) && digits != b"0"
+}
+
 /// 400: a member's value is not what it should be.
 fn wrong(key: &'static str, expected: &str) -> Error {
     Error::invalid("invalid_value", format!("`{key}` {expected}")).param(key)
@@ -541,6 +551,27 @@ mod tests {
         assert_eq!(request.max_tokens.unwrap().value, 9);
         let request = chat(r#","max_tokens":9,"max_completion_tokens":5"#);
         assert_eq!(request.max_tokens.unwrap().key, "max_tokens");
+    }
+
+    #[test]
+    fn the_bound_of_llama_cpp_is_one_too() {
+        for (more, value) in [
+            (r#","n_predict":7"#, Some(7)),
+            (r#","max_tokens":5,"n_predict":900"#, Some(900)),
+            (r#","max_tokens":5,"n_predict":-1"#, None),
+            (r#","max_tokens":5,"max_output_tokens":9"#, Some(5)),
+            (r#","n_predict":null"#, None),
+        ] {
+            let read = chat(more).max_tokens.map(|most| most.value);
+            assert_eq!(read, value, "{more}");
+        }
+        for value in ["0", "\"7\"", "1.5", "99999999", "-0"] {
+            let body = format!(r#"{{"model":"m","messages":[{{}}],"n_predict":{value}}}"#);
+            let (code, param, _) = refusal(Endpoint::ChatCompletions, &body);
+            assert_eq!((&*code, &*param), ("invalid_value", "n_predict"), "{value}");
+        }
+        let embed = r#"{"model":"m","input":"a","max_tokens":5}"#;
+        assert_eq!(parse(Endpoint::Embeddings, embed).unwrap().max_tokens, None);
     }
 
     #[test]

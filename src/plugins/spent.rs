@@ -4,8 +4,10 @@
 use crate::{
     context::{Ending, Outcome, RequestContext},
     openai::{
-        ApiRequest, Endpoint,
+        ApiRequest, Endpoint, N_PREDICT,
+        cursor::Cursor,
         estimate::{prompt_tokens, tokens_of_bytes},
+        json::Kind,
     },
 };
 
@@ -37,12 +39,17 @@ impl Estimate {
                 bounded: true,
             };
         }
-        let asked = request.max_tokens.map(|most| most.value);
-        let each = asked.unwrap_or(otherwise);
+        let asked = request.max_tokens;
+        let each = match asked {
+            // Servers that do not know the word write as much as they like.
+            Some(most) if most.key == N_PREDICT => most.value.max(otherwise),
+            Some(most) => most.value,
+            None => otherwise,
+        };
         Self {
             prompt,
-            completion: each.saturating_mul(u64::from(request.n)),
-            bounded: asked.is_some(),
+            completion: each.saturating_mul(answers(request)),
+            bounded: asked.is_some_and(|most| most.value == each),
         }
     }
 
@@ -50,6 +57,20 @@ impl Estimate {
     pub(super) fn total(self) -> u64 {
         self.prompt.saturating_add(self.completion)
     }
+}
+
+/// Returns how many answers are written: so many to each prompt, also where only
+/// the best of them are told.
+fn answers(request: &ApiRequest) -> u64 {
+    let best_of = request.get("best_of").unwrap_or_default();
+    let best_of = Cursor::new(best_of).integer().unwrap_or(1);
+    let each = best_of.max(u64::from(request.n));
+    let prompts = match request.object.find(&request.raw, "prompt") {
+        // A list of numbers is one prompt.
+        Some(list) if list.kind == Kind::Array && !list.item_kinds.only(Kind::Int) => list.items,
+        _ => 1,
+    };
+    each.saturating_mul(u64::try_from(prompts).unwrap_or(u64::MAX))
 }
 
 /// What a request has cost, in tokens.
@@ -68,10 +89,24 @@ impl Spent {
     /// it says nothing, the prompt as it was estimated and what has come of the
     /// answer. What brought the client nothing costs nothing.
     pub(super) fn of(ctx: &RequestContext, outcome: &Outcome, prompt: u64) -> Self {
-        if let Some(usage) = &outcome.usage {
+        let told = outcome.usage.filter(|usage| !usage.estimated);
+        if let Some(usage) = told
+            && (
+                usage.total_tokens,
+                usage.prompt_tokens,
+                usage.completion_tokens,
+            ) != (0, 0, 0)
+        {
+            let all = usage.total_tokens.saturating_sub(usage.completion_tokens);
+            // No prompt has no tokens: who says so has not counted them.
+            let prompt = match (usage.prompt_tokens, all) {
+                (0, 0) => prompt,
+                (0, all) => all,
+                (counted, _) => counted,
+            };
             return Self {
-                prompt: usage.prompt_tokens.min(TOKENS_MAX),
-                cached: usage.cached_tokens.min(usage.prompt_tokens).min(TOKENS_MAX),
+                prompt: prompt.min(TOKENS_MAX),
+                cached: usage.cached_tokens.min(prompt).min(TOKENS_MAX),
                 completion: usage.completion_tokens.min(TOKENS_MAX),
             };
         }
@@ -202,6 +237,27 @@ pub(super) mod tests {
         assert!(!plain.bounded);
         let bounded = estimate(r#","max_tokens":50,"n":3"#);
         assert_eq!((bounded.total(), bounded.bounded), (160, true));
+        for (more, total) in [
+            // Only llama.cpp heeds its own bound, and it before all others.
+            (r#","max_tokens":50,"n_predict":5000"#, 5010),
+            (r#","n_predict":5"#, 1034),
+            (r#","max_tokens":50,"n_predict":-1"#, 1034),
+            (r#","max_tokens":50,"n":2,"best_of":3"#, 160),
+        ] {
+            assert_eq!(estimate(more).total(), total, "{more}");
+        }
+        assert!(!estimate(r#","n_predict":5"#).bounded);
+        for (prompt, prompts) in [
+            (r#""hi""#, 1),
+            (r#"["a","b","c"]"#, 3),
+            ("[1,2,3,4]", 1),
+            ("[[1,2],[3,4]]", 2),
+        ] {
+            let body = format!(r#"{{"model":"m","prompt":{prompt},"max_tokens":50,"best_of":3}}"#);
+            let request = ApiRequest::parse(Endpoint::Completions, body.into(), 64).unwrap();
+            let estimate = Estimate::of(&request, 1024);
+            assert_eq!(estimate.completion, prompts * 150, "{prompt}");
+        }
         let embedding = ApiRequest::parse(
             Endpoint::Embeddings,
             r#"{"model":"m","input":"0123456789"}"#.into(),
@@ -217,6 +273,29 @@ pub(super) mod tests {
         assert_eq!((spent.prompt, spent.completion), (7, 5));
         let broken = outcome(Ending::Success, Some((u64::MAX, u64::MAX)));
         assert_eq!(Spent::of(&ctx, &broken, 10).total(), 2 * TOKENS_MAX);
+    }
+
+    #[test]
+    fn a_prompt_that_nobody_counted_is_not_free() {
+        let mut ctx = context("");
+        ctx.content_events = 3;
+        let spent = |prompt_tokens, completion_tokens, total_tokens, estimated| {
+            let mut told = outcome(Ending::Incomplete, None);
+            told.usage = Some(Usage {
+                prompt_tokens,
+                completion_tokens,
+                total_tokens,
+                estimated,
+                ..Usage::default()
+            });
+            let spent = Spent::of(&ctx, &told, 10);
+            (spent.prompt, spent.completion)
+        };
+        assert_eq!(spent(0, 9, 9, false), (10, 9));
+        assert_eq!(spent(0, 0, 7, false), (7, 0));
+        assert_eq!(spent(0, 0, 0, false), (10, 3));
+        assert_eq!(spent(99, 3, 102, true), (10, 3));
+        assert_eq!(spent(7, 5, 12, false), (7, 5));
     }
 
     #[test]

@@ -463,9 +463,9 @@ impl Attempt<'_> {
         }
         let told = &relay.told;
         // Of a rest whose upstream tells nothing, what is known all the same.
-        let usage = match (relay.usage, &told.ask) {
-            (None, Some(_)) => told.partial.usage(),
-            (usage, _) => usage,
+        let usage = match (relay.usage, &told.ask, &self.ctx.request) {
+            (None, Some(_), Some(request)) => told.partial.usage(request),
+            (usage, ..) => usage,
         };
         let ended = Ended {
             ending: if relay.error.is_some() {

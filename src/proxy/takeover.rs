@@ -30,10 +30,11 @@ use crate::{
     context::{Ending, RequestContext, Verdict},
     error::Error,
     openai::{
-        ApiRequest, Endpoint,
+        ApiRequest, Endpoint, Frame,
         continuation::{Ask, Obstacle, Partial, Rest},
         error_event,
     },
+    plugins::Sent,
     routes::{Plan, Step},
     upstreams::{Continues, Effort, Refusal, Slot, Upstream},
 };
@@ -373,21 +374,48 @@ impl Exchange<'_> {
     ) -> Result<Ended, Left> {
         self.count(&death.upstream.name, "-", "complete");
         let partial = &death.told.partial;
-        let mut out = BytesMut::from(partial.ending(request.include_usage == Some(true)));
-        out.extend_from_slice(b"data: [DONE]\n\n");
+        let mut out = BytesMut::new();
+        let error = self.put_ending(partial.ending(request), &mut out);
         let ended = Ended {
-            ending: Ending::Success,
+            ending: match error {
+                None => Ending::Success,
+                Some(_) => Ending::Incomplete,
+            },
             verdict: Verdict::Answered,
             status: StatusCode::OK,
-            error: None,
+            error: error.and_then(|error| error.code),
             streamed: true,
             first_token: death.told.first_token,
-            usage: partial.usage(),
+            usage: partial.usage(request),
         };
         let outcome = ended.outcome(self.ctx, 0);
         self.chain.on_last(self.ctx, &outcome);
         client.finish(out.freeze()).await?;
         Ok(ended)
+    }
+
+    /// Shows the last events to the plugins, as those before them were: what
+    /// these hold back goes out with them. Returns why a plugin failed.
+    fn put_ending(&mut self, frames: Vec<Frame>, out: &mut BytesMut) -> Option<Error> {
+        for frame in frames {
+            let passed = match self.chain.on_event(self.ctx, frame) {
+                Ok(passed) => passed,
+                Err(error) => {
+                    out.extend_from_slice(&error_event(&error));
+                    return Some(error);
+                }
+            };
+            for frame in passed.frames {
+                out.extend_from_slice(&frame.raw);
+                if !frame.is_comment {
+                    self.chain.on_sent(self.ctx, Sent::Event(&frame));
+                }
+            }
+            if passed.ended {
+                break;
+            }
+        }
+        None
     }
 
     /// Tells the client by an event that the answer is not complete.
@@ -414,6 +442,8 @@ impl Exchange<'_> {
             incomplete(death.failure.verdict)
         };
         let event = error_event(&error);
+        let request = self.ctx.request.as_ref();
+        let usage = request.and_then(|request| death.told.partial.usage(request));
         let ended = Ended {
             ending: Ending::Incomplete,
             verdict: Verdict::Cut,
@@ -421,7 +451,7 @@ impl Exchange<'_> {
             error: error.code,
             streamed: true,
             first_token: death.told.first_token,
-            usage: death.told.partial.usage(),
+            usage,
         };
         let outcome = ended.outcome(self.ctx, 0);
         self.chain.on_last(self.ctx, &outcome);

@@ -95,6 +95,22 @@ async fn dangerous_parameters_never_reach_an_upstream_and_are_told() {
 }
 
 #[tokio::test]
+async fn a_bound_under_another_name_does_not_get_past_the_limit() {
+    let settings = "{ parameters: { limits: { max_tokens: { max: 50, over: lower } } } }";
+    let (gateway, sim) = start(settings).await;
+    let more = json!({ "max_tokens": 900, "n_predict": 100_000 });
+    let answer = say(&gateway, user("hi"), more).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let dropped = answer.header("x-forebay-dropped-params");
+    assert_eq!(dropped, Some("n_predict"));
+    let sent = sent(&sim);
+    assert_eq!(
+        (&sent["max_tokens"], &sent["n_predict"]),
+        (&json!(50), &Value::Null)
+    );
+}
+
+#[tokio::test]
 async fn keys_that_are_trusted_may_send_what_others_may_not() {
     let sim = sim("a").await;
     let group = group_of("g", "", &[upstream_at("a", &sim.url(), "kind: vllm")]);

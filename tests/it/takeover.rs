@@ -709,6 +709,29 @@ async fn an_answer_with_all_its_tokens_is_complete() {
 }
 
 #[tokio::test]
+async fn the_end_that_is_told_in_its_place_goes_through_the_plugins() {
+    let gpu_1 = Scripted::always(stream(&beginning())).await;
+    let gpu_2 = Scripted::always(stream(&rest())).await;
+    let plugins = "plugins:\n  - auth: none\n  - capture: { dir: captures }\n  - policy: { output: [{ mask: [\"a secret\"] }] }\n";
+    let yaml = format!("{plugins}{}", two(gpu_1.url(), gpu_2.url()));
+    let gateway = Gateway::start(&yaml).await;
+    let body = chat_stream("demo").replace(r#","messages""#, r#","max_tokens":3,"messages""#);
+    let answer = post_chat(gateway.addr, &body).await;
+    // What the rule held back goes out before the end.
+    assert_one(&answer, "Once upon a ");
+    assert!(answer.text().contains(r#""finish_reason":"length""#));
+    let line = || {
+        let files = std::fs::read_dir(gateway.folder.path().join("captures")).ok()?;
+        let texts = files.filter_map(|file| std::fs::read_to_string(file.ok()?.path()).ok());
+        texts.into_iter().find(|text| text.ends_with('\n'))
+    };
+    eventually("it is captured", async || line().is_some()).await;
+    let line: Value = serde_json::from_str(line().unwrap().trim()).unwrap();
+    assert_eq!(line["meta"]["finish_reason"], "length", "{line}");
+    assert!(line.to_string().contains("Once upon a "), "{line}");
+}
+
+#[tokio::test]
 async fn a_completion_goes_on_behind_its_prompt() {
     let text = |id: &str, text: &str, finish: Option<&str>| {
         let choice = json!({ "index": 0, "text": text, "finish_reason": finish });

@@ -24,10 +24,9 @@ use bytes::Bytes;
 pub use sequel::{Heard, Sequel, Unfitting};
 
 use self::{ask::unfit, chunk::Chunk};
-use super::{ApiRequest, Edit, Endpoint, Frame, Usage, cursor::Cursor, json};
-
-/// The keys that bound the tokens of an answer; `n_predict` is llama.cpp's.
-const BOUNDS: [&str; 3] = ["max_tokens", "max_completion_tokens", "n_predict"];
+use super::{
+    ApiRequest, Edit, Endpoint, Frame, Usage, cursor::Cursor, estimate::prompt_tokens, json,
+};
 
 /// Why nobody can go on with an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,12 +140,7 @@ impl Ask {
             Edit::remove("stream_options"),
             Edit::remove("min_tokens"),
         ];
-        let bounds = BOUNDS.iter().filter(|key| self.request.get(key).is_some());
-        edits.extend(bounds.map(|&key| Edit::set(key, &b"1"[..])));
-        let is_bounded = BOUNDS.iter().any(|key| self.request.get(key).is_some());
-        if !is_bounded {
-            edits.push(Edit::set("max_tokens", &b"1"[..]));
-        }
+        edits.extend(self.request.max_tokens_cap(1));
         let raw = self.request.edited(&edits);
         ApiRequest::parse(self.request.endpoint, raw, usize::MAX).ok()
     }
@@ -232,10 +226,18 @@ impl Partial {
         told.max(self.deltas)
     }
 
-    /// Returns the usage of what the client has. Of the prompt nothing is known
-    /// unless the upstream told while it was sending.
-    pub fn usage(&self) -> Option<Usage> {
-        let mut usage = self.told.unwrap_or_default();
+    /// Returns the usage of what the client has: what the upstream told while it
+    /// was sending, else an estimate. `request` is the client's.
+    pub fn usage(&self, request: &ApiRequest) -> Option<Usage> {
+        let mut usage = match self.told {
+            Some(told) => told,
+            None if self.deltas == 0 => return None,
+            None => Usage {
+                prompt_tokens: prompt_tokens(request),
+                estimated: true,
+                ..Usage::default()
+            },
+        };
         usage.completion_tokens = self.tokens();
         usage.total_tokens = usage.prompt_tokens.saturating_add(usage.completion_tokens);
         (usage.total_tokens > 0).then_some(usage)
@@ -295,7 +297,7 @@ impl Partial {
     fn remaining_bounds(&self, request: &ApiRequest, had: u64) -> Option<Vec<Edit<'static>>> {
         let mut edits = Vec::new();
         let wish = |key| Cursor::new(request.get(key)?).integer();
-        for key in BOUNDS {
+        for &key in self.endpoint.token_keys() {
             if let Some(wish) = wish(key) {
                 if wish <= self.tokens() {
                     return None;
@@ -313,7 +315,8 @@ impl Partial {
 
     /// Returns the events that end an answer that has all its tokens: the finish
     /// reason `length`, the usage if it is wanted and known, and `[DONE]`.
-    pub fn ending(&self, want_usage: bool) -> Bytes {
+    /// `request` is the client's.
+    pub fn ending(&self, request: &ApiRequest) -> Vec<Frame> {
         let identity = self.identity.clone().unwrap_or_default();
         let mut head = String::from("{");
         for (key, value) in identity.members() {
@@ -326,16 +329,21 @@ impl Partial {
             Endpoint::ChatCompletions => ("chat.completion.chunk", r#""delta":{}"#),
             _ => ("text_completion", r#""text":"""#),
         };
-        let mut out = format!(
-            "data: {head}\"object\":\"{object}\",\"choices\":[{{\"index\":0,{empty},\"finish_reason\":\"length\"}}]}}\n\n"
+        let finish = format!(
+            "{head}\"object\":\"{object}\",\"choices\":[{{\"index\":0,{empty},\"finish_reason\":\"length\"}}]}}"
         );
-        if let (true, Some(usage)) = (want_usage && self.told.is_some(), self.usage()) {
-            out.push_str(&format!(
-                "data: {head}\"object\":\"{object}\",\"choices\":[],\"usage\":{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{}}}}}\n\n",
+        let mut frames = vec![Frame::of_data(finish.as_bytes())];
+        let wanted = request.include_usage == Some(true);
+        let usage = self.usage(request).filter(|usage| !usage.estimated);
+        if let (true, Some(usage)) = (wanted, usage) {
+            let usage = format!(
+                "{head}\"object\":\"{object}\",\"choices\":[],\"usage\":{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{}}}}}",
                 usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
-            ));
+            );
+            frames.push(Frame::of_data(usage.as_bytes()));
         }
-        out.into()
+        frames.push(Frame::done());
+        frames
     }
 }
 

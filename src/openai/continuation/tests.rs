@@ -273,22 +273,24 @@ fn tokens_are_what_the_upstream_tells_if_that_is_more_than_one_a_delta() {
     );
     let ask = ask_of(&partial, &request);
     assert_eq!(body(&ask)["max_tokens"], 4);
-    assert_eq!(partial.usage().unwrap().total_tokens, 13);
+    assert_eq!(partial.usage(&request).unwrap().total_tokens, 13);
 }
 
 #[test]
 fn an_answer_that_has_all_its_tokens_is_ended() {
-    let request = chat(r#""max_tokens":2,"#);
+    let request = chat(r#""max_tokens":2,"stream_options":{"include_usage":true},"#);
     let partial = delivered(&request, &["a", "b"]);
-    let mut framer = Framer::new(4096);
-    framer.push(&partial.ending(true));
-    let event = data(&framer.next().unwrap().unwrap());
+    let ending = partial.ending(&request);
     assert_eq!(
-        event,
+        data(&ending[0]),
         json!({ "id": "first-1", "created": 1_700_000_000, "model": "m", "object": "chat.completion.chunk",
             "choices": [{ "index": 0, "delta": {}, "finish_reason": "length" }] })
     );
-    assert!(framer.next().is_none(), "the prompt's tokens are not known");
+    // The prompt's tokens are not known, so that nothing is told of them.
+    assert_eq!(ending[1..], [Frame::done()]);
+    let usage = partial.usage(&request).unwrap();
+    assert!(usage.estimated && usage.prompt_tokens > 0);
+    assert_eq!(usage.completion_tokens, 2);
 }
 
 #[test]

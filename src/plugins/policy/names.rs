@@ -4,9 +4,10 @@ use crate::openai::Endpoint;
 
 /// Parameters of servers that reach deeper than a caller should: into the
 /// template of the prompt, the files and addresses that the server reads, its
-/// grammar compiler, its scheduler, its adapters. Each is one of vLLM, SGLang,
-/// llama.cpp, TGI or Ollama. Sorted.
-const EXTRAS: [&str; 66] = [
+/// grammar compiler, its scheduler, its adapters; and bounds on the answer under
+/// names that are not OpenAI's. Each is one of vLLM, SGLang, llama.cpp, TGI or
+/// Ollama. Sorted.
+const EXTRAS: [&str; 71] = [
     "adapter_id",
     "allowed_local_media_path",
     "bootstrap_host",
@@ -46,13 +47,18 @@ const EXTRAS: [&str; 66] = [
     "lora_name",
     "lora_path",
     "lora_request",
+    "max_length",
+    "max_new_tokens",
     "media_io_kwargs",
     "mm_processor_kwargs",
     "modalities_data",
     "multi_modal_data",
     "multi_modal_uuids",
     "n_cache_reuse",
+    "n_cmpl",
+    "n_predict",
     "n_probs",
+    "num_predict",
     "options",
     "parse_special",
     "priority",

@@ -14,12 +14,10 @@ use super::{
 use crate::{
     context::Pattern,
     error::{Error, Result},
-    openai::{ApiRequest, Edit, json},
+    openai::{ApiRequest, Edit, N_PREDICT, TOKEN_KEYS, json},
     plugins::ConfigError,
 };
 
-/// The names of one bound on generated tokens.
-const TOKEN_KEYS: [&str; 3] = ["max_tokens", "max_completion_tokens", "max_output_tokens"];
 /// What says what a request is: no parameter rule may touch it.
 const FIXED: [&str; 6] = ["model", "stream", "messages", "prompt", "input", "query"];
 /// Limits that hold unless the YAML has its own for the parameter.
@@ -201,6 +199,11 @@ fn limit_one(request: &mut ApiRequest, name: &str, limit: &LimitConfig, hits: &H
             let message = format!("`{key}` must be a number");
             return Err(Error::invalid("invalid_type", message).param(key.to_owned()));
         };
+        let number = match key {
+            // To llama.cpp what is below 0 is without a bound.
+            N_PREDICT if number < 0.0 => f64::INFINITY,
+            _ => number,
+        };
         let nearest = number.max(limit.min.unwrap_or(number));
         let nearest = nearest.min(limit.max.unwrap_or(nearest));
         if nearest == number {
@@ -228,11 +231,11 @@ fn limit_one(request: &mut ApiRequest, name: &str, limit: &LimitConfig, hits: &H
     )]
     let cap = limit.max.filter(|_| of_tokens).map(|max| max as u64);
     match cap {
-        Some(cap) if request.max_tokens.is_none() => {
+        Some(cap) => {
             let edits = request.max_tokens_cap(cap.max(1));
             request.edit(&edits)
         }
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 
@@ -318,6 +321,34 @@ mod tests {
                 .contains("invalid_type")
         );
         assert!(run(r#","logprobs":true"#).is_ok());
+    }
+
+    #[test]
+    fn no_name_of_the_bound_gets_past_its_limit() {
+        let more = r#","max_tokens":5,"n_predict":100000"#;
+        let (left, dropped) = run(json!({}), more).unwrap();
+        assert_eq!(
+            (left.as_str(), dropped),
+            (r#","max_tokens":5"#, vec![N_PREDICT.to_owned()])
+        );
+        let capped = |over: &str, more: &str| {
+            let limits = json!({ "max_tokens": { "max": 100, "over": over } });
+            run(json!({ "extras": "allow", "limits": limits }), more).map(|(left, _)| left)
+        };
+        for (more, left) in [
+            (more, r#","max_tokens":5,"n_predict":100"#),
+            (r#","n_predict":-1"#, r#","n_predict":100,"max_tokens":100"#),
+            (r#","n_predict":7"#, r#","n_predict":7,"max_tokens":100"#),
+            (
+                r#","max_output_tokens":7"#,
+                r#","max_output_tokens":7,"max_tokens":100"#,
+            ),
+        ] {
+            assert_eq!(capped("lower", more).unwrap(), left);
+        }
+        for more in [more, r#","n_predict":-1"#] {
+            assert!(capped("reject", more).unwrap_err().contains("n_predict"));
+        }
     }
 
     #[test]
