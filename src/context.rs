@@ -59,6 +59,9 @@ pub struct RequestContext {
     /// The model that is meant, once aliases are looked up; empty before the
     /// body is in.
     pub model: Arc<str>,
+    /// The groups that this route may lead to, the fallback too; empty before
+    /// the body is in.
+    pub groups: Arc<[Box<str>]>,
     /// Every try at an upstream, in order.
     pub attempts: Vec<Attempt>,
     /// How long it has waited in line for a free upstream.
@@ -96,6 +99,7 @@ impl RequestContext {
             cache_salt: None,
             route: Arc::from(""),
             model: Arc::from(""),
+            groups: Arc::from([]),
             attempts: Vec::new(),
             queued: Duration::ZERO,
             takeovers: 0,

@@ -38,6 +38,8 @@ struct Route {
     label: Arc<str>,
     local: bool,
     steps: Vec<RouteStep>,
+    /// The names of the groups of `steps`.
+    names: Arc<[Box<str>]>,
 }
 
 #[derive(Debug)]
@@ -179,6 +181,10 @@ impl Routes {
                 pattern: Pattern::new(route.model.as_str()),
                 label: route.model.as_str().into(),
                 local: route.local,
+                names: steps
+                    .iter()
+                    .map(|step| step.group.name.as_ref().into())
+                    .collect(),
                 steps,
             });
         }
@@ -391,7 +397,6 @@ impl Routes {
         }
     }
 
-    /// Returns the first route that fits, and its index.
     /// Returns the label of the route that a model takes by its name alone;
     /// empty if it takes none.
     pub fn label(&self, model: &str) -> Arc<str> {
@@ -402,6 +407,17 @@ impl Routes {
         }
     }
 
+    /// Returns the groups that a model may lead to by its name alone, the
+    /// fallback too.
+    pub fn groups_of(&self, model: &str) -> Arc<[Box<str>]> {
+        let model = self.aliases.get(model).map_or(model, |target| target);
+        match self.route(model) {
+            Some((_, route)) => Arc::clone(&route.names),
+            None => Arc::from([]),
+        }
+    }
+
+    /// Returns the first route that fits, and its index.
     fn route(&self, model: &str) -> Option<(usize, &Route)> {
         self.routes
             .iter()

@@ -226,6 +226,7 @@ impl Proxy {
             live.ctx.route = snapshot.routes.label(live.model());
             live.ctx.restrict.local |= snapshot.routes.is_local(live.model());
             live.ctx.model = snapshot.routes.meant(live.model());
+            live.ctx.groups = snapshot.routes.groups_of(live.model());
             if let Flow::Respond(answer) = chain.on_request(&mut live.ctx).await? {
                 return Ok(Prepared::Local(answer));
             }

@@ -4,13 +4,18 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use forebay::plugins::hash_token;
-use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
+use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
 use crate::support::{
-    Answer, Gateway, chat, chat_stream, eventually,
+    Answer, Connection, Gateway, Scripted,
+    by_hand::{ByHand, group_of as one_upstream},
+    chat, chat_stream, eventually,
     gateway::command,
-    http::{get, post, post_chat},
-    one_group, sim,
+    group_of,
+    http::{build, get, post, post_chat},
+    one_group,
+    scripted::answer,
+    sim, upstream_at,
 };
 
 fn token(name: &str) -> String {
@@ -182,6 +187,49 @@ async fn money_is_counted_by_the_prices() {
     gateway.write_config(&more);
     assert_eq!(gateway.reload().await.status, 200);
     assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+}
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_costs_its_prompt_too() {
+    let event = r#"{"id":"x","choices":[{"index":0,"delta":{"content":"word "}}]}"#;
+    let body = format!("data: {event}\n\n").repeat(9);
+    let headers = [("content-type", "text/event-stream")];
+    let dying = Scripted::always(answer(200, &headers, &body)).await;
+    let upstream = upstream_at("gpu-1", &dying.url(), "kind: vllm");
+    let yaml = format!(
+        "groups:\n{}routes:\n  - {{ model: \"*\", groups: [gpus] }}\n",
+        group_of("gpus", "takeover: false", &[upstream])
+    );
+    let yaml = open("forebay.db", "day: { tokens: 1M }", &yaml);
+    let gateway = Gateway::start(&yaml).await;
+    let prompt = "word ".repeat(8000);
+    let asked = chat_stream("demo").replace("Hello", &prompt);
+    let broken = post_chat(gateway.addr, &asked).await;
+    assert!(broken.text().contains("upstream_incomplete"));
+    gateway.logged("tokens_out=9").await;
+    let used = usage(&gateway, "-").await["day"]["tokens"]
+        .as_u64()
+        .unwrap();
+    assert!((10_009..10_100).contains(&used), "{used}");
+}
+
+#[tokio::test]
+async fn money_is_reserved_also_where_only_groups_have_a_price() {
+    let upstream = ByHand::listen().await;
+    let budget = "month: { money: 1 }, prices: [ { model: '*', group: gpus, input: 1, output: 1000 }, { model: '*', group: other, input: 0, output: 0 } ]";
+    let yaml = open("forebay.db", budget, &one_upstream(&upstream.url()));
+    let gateway = Gateway::start(&yaml).await;
+    let body = chat("demo").replacen('{', "{\"max_tokens\":2000,", 1);
+    let mut first = Connection::open(gateway.addr).await;
+    let path = "/v1/chat/completions";
+    first.send(&build("POST", path, &[], body.as_bytes())).await;
+    let call = upstream.accept().await;
+    for _ in 0..4 {
+        let refused = post_chat(gateway.addr, &body).await;
+        assert_eq!(refused.status, 429, "{}", refused.text());
+        assert_eq!(refused.error_code(), "rate_limit_exceeded");
+    }
+    drop(call);
 }
 
 #[tokio::test]

@@ -21,6 +21,9 @@ use crate::{
 /// The most periods that are remembered of a key: this day and month, and some
 /// before them, should the clock go back.
 const PERIODS_MAX: usize = 8;
+/// For so many days nobody is forgotten who used anything: longer than a month
+/// lasts. Days that a clock jumps over do not count.
+const IDLE_DAYS_MAX: u32 = 62;
 
 /// The books of the process; outlive the snapshots.
 #[derive(Default)]
@@ -30,6 +33,8 @@ pub struct Ledger(Mutex<Books>);
 struct Books {
     accounts: HashMap<Arc<str>, Account>,
     today: Option<Today>,
+    /// The latest day that has been seen, should the clock go back.
+    newest: String,
     journal: Option<Arc<Journal>>,
     is_loaded: bool,
 }
@@ -37,8 +42,10 @@ struct Books {
 /// What is known of one key.
 #[derive(Default)]
 struct Account {
-    /// By period, the youngest last.
+    /// By period, the one that was added to last at the end.
     used: Vec<(String, Amount)>,
+    /// How many new days have begun since it used anything.
+    idle_days: u32,
     /// What requests under way may take.
     under_way: Amount,
     /// What it may use, as far as it has been seen since the start.
@@ -212,16 +219,19 @@ impl Ledger {
 }
 
 impl Books {
-    /// Returns today. At the first look at another day, whom nobody has seen for
-    /// long is forgotten.
+    /// Returns today. When a day begins that nobody has seen before, who has used
+    /// nothing for long is forgotten.
     fn today(&mut self, now: SystemTime, zone: Zone) -> &Today {
         let fits = |today: &Today| today.holds(now, zone);
         if !self.today.as_ref().is_some_and(fits) {
             let today = Today::at(now, zone);
-            self.accounts.retain(|_, account| {
-                account.under_way != Amount::default()
-                    || account.used(&today.month) != Amount::default()
-            });
+            if self.newest < today.day {
+                self.newest.clone_from(&today.day);
+                self.accounts.retain(|_, account| {
+                    account.idle_days += 1;
+                    account.under_way != Amount::default() || account.idle_days <= IDLE_DAYS_MAX
+                });
+            }
             self.today = None;
             return self.today.insert(today);
         }
@@ -269,14 +279,17 @@ impl Account {
     }
 
     fn add(&mut self, period: &str, amount: Amount) {
-        if let Some((_, used)) = self.used.iter_mut().find(|(one, _)| one == period) {
-            used.add(amount);
-            return;
-        }
+        self.idle_days = 0;
+        let (known, mut all) = match self.used.iter().position(|(one, _)| one == period) {
+            Some(place) => self.used.remove(place),
+            None => (period.to_owned(), Amount::default()),
+        };
+        all.add(amount);
+        // A month stays behind its days, however many there are.
         if self.used.len() >= PERIODS_MAX {
             self.used.remove(0);
         }
-        self.used.push((period.to_owned(), amount));
+        self.used.push((known, all));
     }
 
     /// Returns what bounds the request: of several, what lasts longest.
@@ -524,6 +537,45 @@ mod tests {
         assert!(statement.is_loaded);
         assert_eq!(statement.keys[0].day.tokens, 90);
         assert_eq!(statement.keys[0].month.tokens, 30);
+    }
+
+    #[test]
+    fn a_month_is_one_however_many_days_of_it_are_used() {
+        let (ledger, both) = (ledger(), budget("100", "200"));
+        for day in 1..=20 {
+            let noon = format!("2026-11-{day:02}T12:00:00Z");
+            assert!(spend(&ledger, both, 10, &noon).is_ok(), "{noon}");
+        }
+        assert!(spend(&ledger, both, 10, "2026-11-21T12:00:00Z").is_err());
+        assert_eq!(ledger.statement(time(NOON)).keys[0].month.tokens, 200);
+    }
+
+    #[test]
+    fn a_clock_that_jumps_over_months_and_comes_back_forgets_nobody() {
+        for far in ["2026-12-01T00:00:10Z", "2041-01-01T12:00:00Z"] {
+            let (ledger, hundred) = (ledger(), budget("100", "100"));
+            spend(&ledger, hundred, 100, NOON).unwrap();
+            assert!(
+                ledger
+                    .statement(time(far))
+                    .keys
+                    .iter()
+                    .all(|one| one.day == Amount::default())
+            );
+            let other = ledger.admit(&"b".into(), hundred, tokens(1), Zone::Utc, time(far));
+            assert!(other.is_ok());
+            assert!(spend(&ledger, hundred, 1, NOON).is_err(), "{far}");
+        }
+    }
+
+    #[test]
+    fn who_uses_nothing_for_months_is_forgotten() {
+        let (ledger, hundred) = (ledger(), budget("100", ""));
+        spend(&ledger, hundred, 90, NOON).unwrap();
+        let day = Duration::from_secs(24 * 3600);
+        let after = |days: u32| ledger.statement(time(NOON) + day * days).keys.len();
+        assert!((1..=62).all(|days| after(days) == 1));
+        assert_eq!(after(63), 0);
     }
 
     #[test]

@@ -217,7 +217,7 @@ impl Plugin for Budget {
             cached: 0,
             completion: estimate.completion,
         };
-        let most = self.amount(most, &ctx.model, None);
+        let most = self.most(most, ctx);
         let (zone, now) = (self.config.time_zone, SystemTime::now());
         let admitted = self
             .ledger
@@ -259,7 +259,11 @@ impl Budget {
         let spent = Spent::of(ctx, outcome, kept.prompt);
         let mut amount = Amount::default();
         if spent.total() > 0 {
-            amount = self.amount(spent, &ctx.model, kept.group.as_deref());
+            let last = ctx.attempts.last().map(|attempt| &*attempt.group);
+            amount = match kept.group.as_deref().or(last) {
+                Some(group) => self.amount(spent, &ctx.model, Some(group)),
+                None => self.most(spent, ctx),
+            };
         }
         let (zone, now) = (self.config.time_zone, SystemTime::now());
         let key = key_of(ctx);
@@ -287,6 +291,20 @@ impl Budget {
             Some(who) => who.budget.or(general),
             None => general,
         }
+    }
+
+    /// Returns the most that tokens may come to, whichever group of the route
+    /// answers.
+    fn most(&self, spent: Spent, ctx: &RequestContext) -> Amount {
+        let allowed = |group: &&Box<str>| {
+            let narrowed = ctx.restrict.groups.as_deref();
+            narrowed.is_none_or(|groups| groups.contains(group))
+        };
+        let groups = ctx.groups.iter().filter(allowed);
+        let dearest = groups
+            .map(|group| self.amount(spent, &ctx.model, Some(group)))
+            .max_by_key(|amount| amount.money);
+        dearest.unwrap_or_else(|| self.amount(spent, &ctx.model, None))
     }
 
     /// Returns what tokens come to, of a model, and of a group if it is known.
@@ -406,6 +424,27 @@ mod tests {
         assert!((money("qwen", None) - 0.00006).abs() < 1e-9);
         assert!(money("qwen", Some("ollama")).abs() < 1e-9);
         assert!((money("qwen", Some("gpus")) - 0.00006).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_reservation_is_for_the_dearest_group_of_the_route() {
+        let budget = configured(json!({ "prices": [
+            { "model": "*", "group": "gpus", "input": 1, "output": 1 },
+            { "model": "*", "group": "cloud", "input": 5, "output": 50 },
+            { "model": "*", "group": "elsewhere", "input": 500, "output": 500 },
+        ] }))
+        .unwrap();
+        let spent = Spent {
+            prompt: 1_000_000,
+            cached: 0,
+            completion: 0,
+        };
+        let mut ctx = context("");
+        let money = |ctx: &RequestContext| Money(budget.most(spent, ctx).money).units();
+        ctx.groups = ["gpus".into(), "cloud".into()].into();
+        assert!((money(&ctx) - 5.0).abs() < 1e-9);
+        ctx.restrict.groups = Some(["gpus".into()].into());
+        assert!((money(&ctx) - 1.0).abs() < 1e-9);
     }
 
     #[test]
