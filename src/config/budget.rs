@@ -25,13 +25,19 @@ impl KeyLimits {
         *self == Self::default()
     }
 
-    /// Returns these limits, and the others' where these say nothing.
+    /// Returns what a rule comes to for who has these limits: each takes the
+    /// place of the rule's own of the same kind and the same time, and stands
+    /// where the rule has none of its kind.
     #[must_use]
-    pub fn or(self, other: Self) -> Self {
+    pub fn in_place_of(self, rule: Self) -> Self {
+        let rate = |own: Option<Rate>, rule: Option<Rate>| match (own, rule) {
+            (Some(own), Some(rule)) if own.per != rule.per => Some(rule),
+            (own, rule) => own.or(rule),
+        };
         Self {
-            requests: self.requests.or(other.requests),
-            tokens: self.tokens.or(other.tokens),
-            concurrent: self.concurrent.or(other.concurrent),
+            requests: rate(self.requests, rule.requests),
+            tokens: rate(self.tokens, rule.tokens),
+            concurrent: self.concurrent.or(rule.concurrent),
         }
     }
 }

@@ -262,6 +262,42 @@ async fn a_keys_own_limits_take_the_place_of_the_rules() {
 }
 
 #[tokio::test]
+async fn a_keys_own_limit_takes_the_place_of_rules_of_the_same_time_only() {
+    let gpu = sim("gpu-1").await;
+    let rules = [
+        "rate_limit: { per: key, requests: 1/h }",
+        "rate_limit: { per: key, requests: 3/day }",
+    ];
+    let yaml = keyed(&rules, &one_group(&[&gpu]));
+    let file = keys(&[
+        ("more", ", requests: 100/h"),
+        ("odd", ", requests: 100/min"),
+    ]);
+    let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
+    for (name, granted) in [("more", 3), ("odd", 1)] {
+        for turn in 0..granted + 2 {
+            let status = ask_as(&gateway, name, &chat("demo")).await.status;
+            assert_eq!(status == 200, turn < granted, "{name} {turn}");
+        }
+    }
+    let log = gateway.log();
+    let warning = "keys such as \"odd\" have requests per min of their own that nobody is held to";
+    assert!(log.contains(warning), "{log}");
+    assert!(!log.contains("have requests per h of"), "{log}");
+}
+
+#[tokio::test]
+async fn the_bound_of_llama_cpp_is_reserved_like_any() {
+    let gpu = sim("gpu-1").await;
+    let rules = ["rate_limit: { tokens: 2000/day }"];
+    let gateway = Gateway::start(&open(&rules, &one_group(&[&gpu]))).await;
+    let body = bounded(5).replacen('{', "{\"n_predict\":100000,", 1);
+    let refused = post_chat(gateway.addr, &body).await;
+    assert_eq!(refused.status, 429, "{}", refused.text());
+    assert!(refused.text().contains("request too large"));
+}
+
+#[tokio::test]
 async fn addresses_models_and_routes_count_by_themselves() {
     let gpu = sim("gpu-1").await;
     gpu.fault("status=200").await.unwrap();

@@ -25,7 +25,7 @@
 //! **Invariant:** no message and no `Debug` holds a hash.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt, io,
     num::NonZeroU32,
     path::Path,
@@ -160,6 +160,26 @@ impl Keys {
     pub(super) fn have_limits(&self) -> bool {
         let mut keys = self.by_start.values().flatten();
         keys.any(|key| !key.principal.limits.is_empty())
+    }
+
+    /// Returns a key for each kind of limit that keys have of their own: what is
+    /// counted, the time, and the first name of those who have it.
+    pub(super) fn own_rates(&self) -> BTreeMap<(&'static str, &'static str), &str> {
+        let mut found = BTreeMap::new();
+        for key in self.by_start.values().flatten() {
+            let limits = key.principal.limits;
+            let rates = [("requests", limits.requests), ("tokens", limits.tokens)];
+            for (kind, rate) in rates {
+                let Some(rate) = rate else {
+                    continue;
+                };
+                let name = found
+                    .entry((kind, rate.per.as_str()))
+                    .or_insert(&*key.principal.name);
+                *name = (*name).min(&*key.principal.name);
+            }
+        }
+        found
     }
 
     /// Returns whether any key has a budget of its own.

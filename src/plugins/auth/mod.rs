@@ -43,7 +43,7 @@ pub use token::{hash_token, new_token};
 
 use super::{
     Build, ConfigError, Configure, Flow, Plugin,
-    rate_limit::{is_listed, limits_keys},
+    rate_limit::{is_listed, limits_of_keys},
 };
 use crate::{
     config::{Config, problem::shown},
@@ -235,10 +235,28 @@ impl Plugin for Auth {
                 )
             })
             .collect();
-        if guard.keys.have_limits() && !limits_keys(config) {
+        let rules = limits_of_keys(config);
+        if guard.keys.have_limits() && rules.is_empty() {
             let message = "keys have limits of their own that nobody is held to: \
                            add `- rate_limit: { per: key }` behind auth";
             warnings.push(message.to_owned());
+        } else {
+            let idle = guard.keys.own_rates().into_iter();
+            let idle = idle.filter(|((kind, per), _)| {
+                let mut same = rules.iter().map(|rule| match *kind {
+                    "tokens" => rule.tokens,
+                    _ => rule.requests,
+                });
+                // A rule that has none of the kind takes any.
+                !same.any(|rate| rate.is_none_or(|rate| rate.per.as_str() == *per))
+            });
+            warnings.extend(idle.map(|((kind, per), name)| {
+                format!(
+                    "keys such as {} have {kind} per {per} of their own that nobody is held to, \
+                     since no rule is about that time: add `- rate_limit: {{ per: key, name: own }}`",
+                    shown(name)
+                )
+            }));
         }
         if guard.keys.have_budgets() && !is_listed(config, "budget") {
             let message = "keys have budgets of their own that nobody is held to: \

@@ -10,7 +10,7 @@
 //!
 //! Start with [`bucket`] for one limit of one caller, [`table`] for all callers;
 //! [`headers`] is what they are told. What a key says of itself in the keys file
-//! holds in place of the rules `per: key`.
+//! holds in place of what the rules `per: key` say of the same kind and time.
 //!
 //! **Invariant:** only a request that everything else has let through so far is
 //! counted: a stranger costs no memory here.
@@ -267,7 +267,7 @@ impl RateLimit {
     fn limits_of(&self, ctx: &RequestContext) -> KeyLimits {
         let rule = self.config.limits();
         match (&self.config.per, &ctx.principal) {
-            (Per::Key, Some(who)) => who.limits.or(rule),
+            (Per::Key, Some(who)) => who.limits.in_place_of(rule),
             _ => rule,
         }
     }
@@ -376,12 +376,15 @@ pub(super) fn is_listed(config: &Config, plugin: &str) -> bool {
     entries.any(|entry| entry.name == plugin)
 }
 
-/// Returns whether a list has a rule that limits of keys take the place of.
-pub(super) fn limits_keys(config: &Config) -> bool {
-    let mut entries = lists(config).flatten();
-    entries.any(|entry| {
-        entry.name == RateLimit::NAME && settings(entry).is_ok_and(|rule| rule.per == Per::Key)
-    })
+/// Returns the limits of the rules that limits of keys take the place of.
+pub(super) fn limits_of_keys(config: &Config) -> Vec<KeyLimits> {
+    let entries = lists(config).flatten();
+    let rules = entries.filter(|entry| entry.name == RateLimit::NAME);
+    let rules = rules.filter_map(|entry| settings(entry).ok());
+    rules
+        .filter(|rule| rule.per == Per::Key)
+        .map(|rule| rule.limits())
+        .collect()
 }
 
 #[cfg(test)]
@@ -538,6 +541,22 @@ mod tests {
     }
 
     #[test]
+    fn a_keys_own_limit_leaves_those_of_other_times() {
+        let (resources, now) = (Resources::default(), Instant::now());
+        let minute = rule(json!({ "requests": "1/min" }), &resources);
+        let day = rule(json!({ "requests": "3/day" }), &resources);
+        let tokens = rule(json!({ "tokens": "1M/day" }), &resources);
+        let own = KeyLimits {
+            requests: "5/min".parse().ok(),
+            ..KeyLimits::default()
+        };
+        for (rule, most) in [(minute, 5), (day, 3), (tokens, 5)] {
+            let granted = (0..9).filter(|_| admit(&rule, called_by("a", own), now).is_ok());
+            assert_eq!(granted.count(), most, "{rule:?}");
+        }
+    }
+
+    #[test]
     fn each_kind_of_rule_counts_by_its_own() {
         for (per, change) in [
             (
@@ -590,7 +609,7 @@ mod tests {
         };
         config.plugins.push(entry("rate_limit", one));
         assert_eq!(rule.warnings(&config), [""; 0]);
-        assert!(limits_keys(&config));
+        assert_eq!(limits_of_keys(&config), [rule.config.limits()]);
         let twice = entry(
             "rate_limit",
             json!({ "requests": "2/min", "on_failure": "open" }),
