@@ -292,6 +292,9 @@ pub enum Verdict {
     Tls,
     /// It could not be sent for want of a socket on this machine: our own fault.
     NoSocket,
+    /// There was no memory for what it takes, or for its answer
+    /// (`limits.bodies`): our own fault.
+    NoRoom,
     /// 429, 503, 529: turned away, not billed.
     Rejected,
     /// 401, 402, 403 or a hard quota: our credential is no good there.
@@ -326,6 +329,7 @@ impl Verdict {
             Self::NotSent => "not_sent",
             Self::Tls => "tls",
             Self::NoSocket => "no_socket",
+            Self::NoRoom => "no_room",
             Self::Rejected => "rejected",
             Self::Credential => "credential",
             Self::Failed => "failed",

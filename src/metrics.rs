@@ -104,7 +104,8 @@ pub struct Metrics {
     /// The most that they may have: `limits.connections`, or what the open
     /// files allow.
     pub client_connections_max: IntGauge,
-    /// Bytes of request bodies in memory.
+    /// Bytes of requests, of answers that are read whole, and of texts that are
+    /// kept for takeover, in memory.
     pub bodies: IntGauge,
     /// The most of them: `limits.bodies`.
     pub bodies_max: IntGauge,
@@ -338,10 +339,13 @@ impl Metrics {
                 "forebay_client_connections_max",
                 "The most connections that clients may have open",
             ),
-            bodies: all.gauge("forebay_request_bodies_bytes", "Request bodies in memory"),
+            bodies: all.gauge(
+                "forebay_request_bodies_bytes",
+                "Requests in memory, whole answers and texts kept for takeover",
+            ),
             bodies_max: all.gauge(
                 "forebay_request_bodies_bytes_max",
-                "The most bytes of request bodies in memory",
+                "The most bytes of requests in memory",
             ),
             limits: all.counters(
                 "forebay_limit_hits_total",

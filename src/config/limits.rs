@@ -38,8 +38,9 @@ pub struct Limits {
     /// longer than `header_timeout`; 408 below it.
     #[schemars(extend("x-min" = "1B", "x-max" = "1GiB"))]
     pub body_rate: Size,
-    /// The most bytes of request bodies in memory, all requests together; 503
-    /// beyond it.
+    /// The most bytes of requests in memory, all together: their bodies, what is
+    /// made of them for an Ollama, answers that are read whole, and texts kept
+    /// for takeover; 503 beyond it.
     #[schemars(extend("x-min" = "1MiB", "x-max" = "1TiB"))]
     pub bodies: Size,
     /// Tries per group; the fallback group always gets at least one.

@@ -12,6 +12,7 @@ use http::{HeaderValue, StatusCode, header};
 
 use super::{
     attempt::{Answering, Attempt, Tried},
+    bodies::Reserved,
     client::{Client, Left, Waited, event_stream},
     exchange::Ended,
     frozen::{Stage, or_frozen},
@@ -52,11 +53,13 @@ impl Attempt<'_> {
         client: &mut Client<'_>,
     ) -> Result<Tried, Left> {
         let status = answering.link.head().status;
-        let body = match self.read_whole(&mut answering, client).await? {
+        let mut room = self.memory.beside();
+        let read = self.read_whole(&mut answering, &mut room, client).await?;
+        let body = match read {
             Ok(body) => body,
-            Err(failure) => {
+            Err(tried) => {
                 answering.link.close().await;
-                return Ok(Tried::Failed(failure));
+                return Ok(tried);
             }
         };
         let decoder = answering.decoder.take();
@@ -70,6 +73,8 @@ impl Attempt<'_> {
             Err(failure) => return Ok(Tried::Failed(failure)),
         };
         self.slot.succeeded(Instant::now());
+        // It is here, whatever it has become.
+        room.hold(body.len());
         let usage = usage_of_body(&body);
         let first_token = self.ctx.started.elapsed();
         let mut head = ResponseHead {
@@ -117,6 +122,7 @@ impl Attempt<'_> {
                     Ok(out) => out,
                     Err(error) => return Ok(Tried::PassOn(error)),
                 };
+                room.hold(body.len() + out.len());
                 let mut stream = event_stream(head.headers);
                 stream.headers.remove(header::CONTENT_LENGTH);
                 self.slot.free();
@@ -195,8 +201,10 @@ impl Attempt<'_> {
     async fn read_whole(
         &mut self,
         answering: &mut Answering,
+        room: &mut Reserved,
         client: &mut Client<'_>,
-    ) -> Result<Result<Bytes, Failure>, Left> {
+    ) -> Result<Result<Bytes, Tried>, Left> {
+        let failed = |failure| Ok(Err(Tried::Failed(failure)));
         let most = self.limits.answer.get();
         let length = answering
             .link
@@ -222,7 +230,7 @@ impl Attempt<'_> {
             );
             let read = match client.wait(deadline, reading).await? {
                 Waited::Done(Ok(read)) => Waited::Done(read),
-                Waited::Done(Err(way)) => return Ok(Err(self.leave_frozen(way))),
+                Waited::Done(Err(way)) => return failed(self.leave_frozen(way)),
                 Waited::TooLate => Waited::TooLate,
             };
             let piece = match read {
@@ -230,17 +238,21 @@ impl Attempt<'_> {
                 Waited::Done(Ok(None)) => return Ok(Ok(body.freeze())),
                 Waited::Done(Err(why)) => {
                     let cause = format!("broken inside the answer: {}", why.etype().as_str());
-                    return Ok(Err(Failure::new(Verdict::Failed, cause)));
+                    return failed(Failure::new(Verdict::Failed, cause));
                 }
                 Waited::TooLate => {
                     let cause = "stalled inside the answer";
-                    return Ok(Err(Failure::new(Verdict::TimedOut, cause)));
+                    return failed(Failure::new(Verdict::TimedOut, cause));
                 }
             };
             if body.len() + piece.len() > most {
                 self.metrics.limits.with_label_values(&["answer"]).inc();
                 let cause = format!("answer larger than {}", self.limits.answer);
-                return Ok(Err(Failure::new(Verdict::Failed, cause)));
+                return failed(Failure::new(Verdict::Failed, cause));
+            }
+            if self.reserve(room, body.len() + piece.len()).is_err() {
+                self.slot.accepted(Instant::now());
+                return Ok(Err(Tried::NoRoom { billed: true }));
             }
             body.put_slice(&piece);
         }

@@ -17,9 +17,10 @@ use pingora::{connectors::TransportConnector, upstreams::peer::HttpPeer};
 use tokio::time::{sleep, timeout};
 
 use super::{
+    bodies::{Full, Reserved},
     client::{Client, Left, Waited},
     exchange::Ended,
-    frozen::{Elsewhere, Reserved, Stage, or_frozen},
+    frozen::{self, Elsewhere, Stage, or_frozen},
     link::{self, Link, LinkError, WireRequest},
     takeover::Told,
     verdict::{Failure, Judgement, judge},
@@ -65,6 +66,9 @@ pub(super) enum Tried {
     Failed(Failure),
     /// The caller's fault: this is the answer.
     PassOn(Error),
+    /// There is no memory for it: another would need as much. With whether the
+    /// upstream has done the work.
+    NoRoom { billed: bool },
     /// It died after its answer had begun to reach the client, who has been sent
     /// all that came: [`Attempt::told`] says what that is.
     Died(Failure),
@@ -76,6 +80,8 @@ pub(super) struct Attempt<'a> {
     pub(super) chain: &'a Chain,
     pub(super) metrics: &'a Metrics,
     pub(super) limits: &'a crate::config::Limits,
+    /// The memory of the request's body.
+    pub(super) memory: &'a Reserved,
     pub(super) step: &'a Step,
     pub(super) upstream: &'a Arc<Upstream>,
     /// Its place there: what comes of the try is reported to it.
@@ -90,7 +96,7 @@ pub(super) struct Attempt<'a> {
     /// Where the exchange may go if the upstream freezes.
     pub(super) elsewhere: Elsewhere<'a>,
     /// What was taken there.
-    pub(super) reserved: Option<Reserved>,
+    pub(super) reserved: Option<frozen::Reserved>,
 }
 
 /// An answer whose header is in and says success.
@@ -148,10 +154,19 @@ impl Attempt<'_> {
         if is_rest && let Some(tried) = Box::pin(self.prove(connector, client)).await? {
             return Ok(tried);
         }
+        let mut copy = self.memory.beside();
+        if self.reserve_words(&mut copy, &request).is_err() {
+            return Ok(Tried::NoRoom { billed: false });
+        }
         let mut encoded = match self.encode(&request) {
             Ok(encoded) => encoded,
             Err(why) => return Ok(Tried::Failed(Failure::unsupported(why))),
         };
+        if encoded.body.as_ptr() == request.raw.as_ptr() {
+            copy.hold(0);
+        } else {
+            copy.hold(encoded.body.len());
+        }
         let mut is_amended = false;
         let mut answering = loop {
             let wire = self.wire_request(&encoded);
@@ -176,6 +191,7 @@ impl Attempt<'_> {
         answering.decoder = encoded.decoder.take();
         // A stream may last half an hour; who goes on with it gets another.
         encoded.body = Bytes::new();
+        drop(copy);
         let status = answering.link.head().status;
         let headers = &answering.link.head().headers;
         if headers
@@ -201,6 +217,26 @@ impl Attempt<'_> {
         } else {
             Box::pin(self.answer(answering, client)).await
         }
+    }
+
+    /// Makes room for the request in the words of an Ollama, which takes it apart
+    /// and puts it together anew. An edit is a copy like that of a rest, and is
+    /// not refused either: there is mostly one.
+    fn reserve_words(&self, copy: &mut Reserved, request: &ApiRequest) -> Result<(), Full> {
+        match self.upstream.config.dialect {
+            config::Dialect::Openai => Ok(()),
+            config::Dialect::Ollama => self.reserve(copy, request.raw.len().saturating_mul(2)),
+        }
+    }
+
+    /// Makes room for what is kept besides the body.
+    pub(super) fn reserve(&self, kept: &mut Reserved, bytes: usize) -> Result<(), Full> {
+        let most = self.limits.bodies.get();
+        let reserved = kept.grow(bytes, self.memory.bytes(), most);
+        if reserved.is_err() {
+            self.metrics.limits.with_label_values(&["bodies"]).inc();
+        }
+        reserved
     }
 
     /// Connects, sends the request and waits for the header. A pooled

@@ -1,8 +1,11 @@
-//! The memory that request bodies take, all together.
+//! The memory that requests take, all together: their bodies, what is made of
+//! them for an upstream, answers that are read whole, and the texts that are
+//! kept so that another upstream can go on with them.
 //!
 //! A body is kept to the end of its request, since any attempt may need it
 //! again. So what it takes is reserved before it is taken, and given back when
-//! the request is over.
+//! the request is over. What a request needs besides has a reservation of its
+//! own, which is given back with it, whatever becomes of the request.
 
 use std::{
     fmt,
@@ -61,6 +64,29 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
+    /// Begins what the same request takes besides.
+    pub(super) fn beside(&self) -> Self {
+        self.bodies.reserve()
+    }
+
+    /// Sets the size of what a request takes besides its body of `own` bytes. One
+    /// that is alone is not refused: it would never be served, and what it can
+    /// take is bounded by other limits.
+    ///
+    /// # Errors
+    /// [`Full`]; then the size stays what it was.
+    pub(super) fn grow(&mut self, bytes: usize, own: usize, most: usize) -> Result<(), Full> {
+        if self.resize(bytes, most).is_ok() {
+            return Ok(());
+        }
+        let held = self.bodies.held.load(Ordering::Relaxed);
+        if held > own.saturating_add(self.bytes) {
+            return Err(Full);
+        }
+        self.hold(bytes);
+        Ok(())
+    }
+
     /// Returns the size of the body.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
@@ -135,5 +161,23 @@ mod tests {
         assert_eq!(bodies.metrics.bodies.get(), 1);
         drop(second);
         assert_eq!(bodies.metrics.bodies.get(), 0);
+    }
+
+    #[test]
+    fn what_a_request_needs_besides_is_refused_unless_it_is_alone() {
+        let bodies = Arc::new(Bodies::new(Arc::new(Metrics::new())));
+        let mut body = bodies.reserve();
+        body.resize(60, 100).unwrap();
+        let mut answer = body.beside();
+        answer.grow(40, 60, 100).unwrap();
+        answer.grow(400, 60, 100).unwrap();
+        answer.grow(10, 60, 100).unwrap();
+        let mut other = bodies.reserve();
+        other.resize(1, 100).unwrap();
+        assert_eq!(answer.grow(40, 60, 100), Err(Full));
+        assert_eq!(bodies.metrics.bodies.get(), 71);
+        answer.grow(39, 60, 100).unwrap();
+        drop((answer, other));
+        assert_eq!(bodies.metrics.bodies.get(), 60);
     }
 }

@@ -189,13 +189,18 @@ impl Buffer<'_> {
 
 fn no_room(metrics: &Metrics) -> BodyError {
     metrics.limits.with_label_values(&["bodies"]).inc();
+    BodyError::Refused(no_memory().closing())
+}
+
+/// 503: `limits.bodies` is reached.
+pub(super) fn no_memory() -> Error {
     let error = Error::new(
         StatusCode::SERVICE_UNAVAILABLE,
         "server_error",
         "gateway_overloaded",
-        "the gateway holds as many request bodies as it can",
+        "the gateway holds as many requests and answers as it can",
     );
-    BodyError::Refused(error.retry_after(RETRY_AFTER).closing())
+    error.retry_after(RETRY_AFTER)
 }
 
 /// How fast a body must come.

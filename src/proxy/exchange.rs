@@ -26,6 +26,7 @@ use super::{
     admission::{self, Admission, Patience, Sought},
     attempt::{Attempt, Tried},
     bodies::Reserved as Memory,
+    body,
     client::{Client, Left, Waited},
     frozen::{self, Elsewhere, Onward, Reserved},
     report,
@@ -140,6 +141,12 @@ impl<'a> Exchange<'a> {
         limits: &'a Limits,
         memory: &'a mut Memory,
     ) -> Self {
+        // What plugins made of the body is there beside what came.
+        if let (Some(request), Some(received)) = (&ctx.request, &ctx.received)
+            && request.raw.as_ptr() != received.as_ptr()
+        {
+            memory.hold(received.len() + request.raw.len());
+        }
         let deadline = ctx.started + limits.total_timeout.get();
         let affinity = ctx
             .request
@@ -465,6 +472,7 @@ impl<'a> Exchange<'a> {
             chain: self.chain,
             metrics: self.metrics,
             limits: self.limits,
+            memory: self.memory,
             step,
             upstream: &upstream,
             slot: &mut slot,
@@ -516,6 +524,10 @@ impl<'a> Exchange<'a> {
                     failure,
                     told,
                 })))
+            }
+            Ok(Tried::NoRoom { billed }) => {
+                self.note(note(Verdict::NoRoom, None, billed));
+                Ok(Next::Tell(body::no_memory()))
             }
             Ok(Tried::PassOn(error)) => {
                 slot.accepted(Instant::now());

@@ -118,7 +118,8 @@ impl Attempt<'_> {
             committed: false,
             usage: None,
             last_event: now,
-            told: told.unwrap_or_else(|| Box::new(Told::new(self.ctx, self.limits, now))),
+            told: told
+                .unwrap_or_else(|| Box::new(Told::new(self.ctx, self.limits, self.memory, now))),
             opening: Opening::default(),
             answering,
         };
@@ -279,6 +280,7 @@ impl Attempt<'_> {
         // some of it back, and would say it twice if another said it again.
         let partial = &mut relay.told.partial;
         partial.take(&frame, facts.content_events, facts.usage);
+        relay.told.settle(|kept, bytes| self.reserve(kept, bytes));
         self.ctx.content_events += u64::from(facts.content_events);
         if !self.chain.wants.edit {
             return self.put(relay, &frame, facts, client);

@@ -21,6 +21,7 @@ use http::StatusCode;
 
 use super::{
     admission::{Patience, Sought},
+    bodies::{Full, Reserved},
     client::{Client, Left},
     exchange::{Ended, Exchange, Next, STREAM_TIMEOUT},
     verdict::Failure,
@@ -45,6 +46,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// What the client has of a streamed answer, and how the rest is asked for.
 pub(super) struct Told {
     pub(super) partial: Partial,
+    /// The memory of its text.
+    kept: Reserved,
     /// From the request's header to the first token of the first upstream.
     pub(super) first_token: Option<Duration>,
     /// When the stream must be at its end, whoever sends it.
@@ -57,15 +60,35 @@ pub(super) struct Told {
 
 impl Told {
     /// Begins an answer.
-    pub(super) fn new(ctx: &RequestContext, limits: &Limits, now: Instant) -> Self {
+    pub(super) fn new(
+        ctx: &RequestContext,
+        limits: &Limits,
+        memory: &Reserved,
+        now: Instant,
+    ) -> Self {
         let request = ctx.request.as_ref();
         let request = request.expect("an exchange has a parsed request");
         Self {
             partial: Partial::new(request, limits.takeover_text.get()),
+            kept: memory.beside(),
             first_token: None,
             ends: now,
             from: Arc::from(""),
             ask: None,
+        }
+    }
+
+    /// Brings up to date what its text takes, which is seldom more than before.
+    /// If there is no room, the text is forgotten and nobody goes on with it: an
+    /// answer that comes is worth more than one that may be needed.
+    pub(super) fn settle(
+        &mut self,
+        reserve: impl FnOnce(&mut Reserved, usize) -> Result<(), Full>,
+    ) {
+        let bytes = self.partial.text_bytes();
+        if bytes != self.kept.bytes() && reserve(&mut self.kept, bytes).is_err() {
+            self.partial.forget();
+            self.kept.hold(0);
         }
     }
 }

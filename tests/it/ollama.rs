@@ -742,3 +742,48 @@ async fn the_installed_models_are_listed_and_nothing_else_is_ever_called() {
         assert!(allowed.contains(&request.target()), "{}", request.target());
     }
 }
+
+// --- memory ---
+
+#[tokio::test]
+async fn what_is_made_of_a_request_counts_and_is_not_made_where_there_is_no_room_for_it() {
+    const HELD: &str = "forebay_request_bodies_bytes";
+    let ollama = ByHand::listen().await;
+    let limits = "limits: { body: 1MiB, bodies: 1MiB }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", yaml(&ollama.url(), ""))).await;
+    let text = "x".repeat(400_000);
+    let body = chat("demo").replace("Hello", &text);
+    let asking = async || {
+        let mut client = Connection::open(gateway.addr).await;
+        let path = "/v1/chat/completions";
+        client.request("POST", path, &[], body.as_bytes()).await;
+        client
+    };
+    let mut first = asking().await;
+    let mut call = ollama.accept().await;
+    eventually("both are counted", || async {
+        let held = gateway.metric(HELD).await.unwrap();
+        (800_000.0..900_000.0).contains(&held)
+    })
+    .await;
+    call.send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n")
+        .await;
+    let rest = String::from_utf8(chatted("Hi")).unwrap();
+    let (_, rest) = rest.split_once("content-length").unwrap();
+    call.send(format!("content-length{rest}")).await;
+    assert_eq!(first.answer().await.status, 200);
+    gateway.metric_becomes(HELD, 0.0).await;
+
+    let mut holder = Connection::open(gateway.addr).await;
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 300000\r\n\r\n";
+    holder.send(head.as_bytes()).await;
+    holder.send(&vec![b' '; 299_000]).await;
+    gateway.metric_becomes(HELD, 300_000.0).await;
+    let answer = asking().await.answer().await;
+    let code = answer.error_code();
+    assert_eq!((answer.status, &*code), (503, "gateway_overloaded"));
+    assert!(answer.header("retry-after").is_some());
+    gateway.metric_becomes(HELD, 300_000.0).await;
+    drop(holder);
+    gateway.metric_becomes(HELD, 0.0).await;
+}

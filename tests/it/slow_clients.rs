@@ -11,9 +11,11 @@ use tokio::{
 use crate::support::{
     Connection, Gateway,
     by_hand::{ByHand, STREAM_HEAD, delta, group_of},
-    chat, chat_stream,
+    chat, chat_stream, eventually,
     http::{build, post_chat},
-    one_group, sim, soon, upstream_at,
+    one_group,
+    scripted::json,
+    sim, soon, upstream_at,
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -175,6 +177,70 @@ async fn what_a_client_only_announces_takes_no_room_from_others() {
     assert_eq!(answer.status, 200);
     drop(announced);
     gateway.metric_becomes(HELD, 0.0).await;
+}
+
+/// A whole answer of about this many bytes.
+fn answer_of(bytes: usize) -> Vec<u8> {
+    let text = "x".repeat(bytes);
+    let whole = format!(
+        r#"{{"choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}}}}]}}"#
+    );
+    json(200, &whole)
+}
+
+#[tokio::test]
+async fn an_answer_that_is_read_whole_counts_and_gets_503_where_there_is_no_room_for_it() {
+    let upstream = ByHand::listen().await;
+    let limits = "limits: { body: 1MiB, bodies: 1MiB }\n";
+    let gateway = Gateway::start(&format!("{limits}{}", group_of(&upstream.url()))).await;
+    let body = chat("demo");
+    let asking = async || {
+        let mut client = Connection::open(gateway.addr).await;
+        client.request("POST", CHAT, &[], body.as_bytes()).await;
+        (client, upstream.accept().await)
+    };
+    let at_least = |bytes: f64| {
+        let gateway = &gateway;
+        async move {
+            eventually("the answer counts", || async {
+                gateway.metric(HELD).await >= Some(bytes)
+            })
+            .await;
+        }
+    };
+    let (mut first, mut first_call) = asking().await;
+    let whole = answer_of(2_000_000);
+    let (begin, rest) = whole.split_at(700_000);
+    first_call.send(begin).await;
+    at_least(690_000.0).await;
+    let (mut second, mut second_call) = asking().await;
+    second_call.send(&answer_of(600_000)[..500_000]).await;
+    let answer = second.answer().await;
+    let code = answer.error_code();
+    assert_eq!((answer.status, &*code), (503, "gateway_overloaded"));
+    assert!(answer.header("retry-after").is_some());
+    // It is told to stop, and it is not its fault.
+    second_call.closed().await;
+    assert_eq!(gateway.state("gpu-1").await, "ready");
+    assert_eq!(gateway.metric(&hits("bodies")).await, Some(1.0));
+    let tries = "forebay_attempts_total{group=\"gpus\",upstream=\"gpu-1\",verdict=\"no_room\"}";
+    assert_eq!(gateway.metric(tries).await, Some(1.0));
+    // Who is alone is served, however long its answer is.
+    first_call.send(rest).await;
+    assert_eq!(first.answer().await.status, 200);
+    gateway.metric_becomes(HELD, 0.0).await;
+    drop(first_call);
+    // A client that leaves, and an upstream that dies, give it back.
+    for is_client in [true, false] {
+        let (client, mut call) = asking().await;
+        call.send(begin).await;
+        at_least(690_000.0).await;
+        match is_client {
+            true => drop(client),
+            false => drop(call),
+        }
+        gateway.metric_becomes(HELD, 0.0).await;
+    }
 }
 
 // --- answers that are read slowly ---

@@ -666,7 +666,8 @@ async fn what_is_asked_for_in_its_place_counts_as_a_body() {
     let body = chat_stream("demo");
     let mut client = asking(&gateway, &body).await;
     let mut call = gpu_1.accept().await;
-    gateway.metric_becomes(HELD, body.len() as f64).await;
+    let counted = gateway.metric(HELD).await;
+    assert!(counted >= Some(body.len() as f64), "{counted:?}");
     send_all(&mut call, &beginning()).await;
     client.read_until("\" a \"").await;
     drop(call);
@@ -679,6 +680,61 @@ async fn what_is_asked_for_in_its_place_counts_as_a_body() {
     call.end().await;
     assert_one(&client.answer().await, WHOLE);
     gateway.metric_becomes(HELD, 0.0).await;
+}
+
+#[tokio::test]
+async fn the_text_of_a_stream_counts_and_is_given_up_where_there_is_no_room_for_it() {
+    const HELD: &str = "forebay_request_bodies_bytes";
+    let piece = first(json!({ "content": "x".repeat(10_000) }));
+    let begun = [vec![first(json!({ "role": "assistant" }))], vec![piece; 20]].concat();
+    let (gpu_1, gpu_2) = (
+        ByHand::listen().await,
+        Scripted::always(stream(&rest())).await,
+    );
+    let yaml = format!(
+        "limits: {{ body: 1MiB, bodies: 1MiB }}\n{}",
+        two(gpu_1.url(), gpu_2.url())
+    );
+    let body = chat_stream("demo");
+    let no_room = "forebay_limit_hits_total{limit=\"bodies\"}";
+    for is_full in [false, true] {
+        let gateway = Gateway::start(&yaml).await;
+        let mut holder = Connection::open(gateway.addr).await;
+        let mut held = 0.0;
+        if is_full {
+            // All but its end, which never comes.
+            let head = format!("POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-length: 940000\r\n\r\n");
+            holder.send(head.as_bytes()).await;
+            holder.send(&vec![b' '; 939_000]).await;
+            held = 940_000.0;
+            gateway.metric_becomes(HELD, held).await;
+        }
+        let mut client = asking(&gateway, &body).await;
+        let mut call = gpu_1.accept().await;
+        send_all(&mut call, &begun).await;
+        call.chunk(first(json!({ "content": "told" }))).await;
+        client.read_until("told").await;
+        let text = if is_full { 0.0 } else { 200_000.0 };
+        eventually("the text counts", || async {
+            let now = gateway.metric(HELD).await.unwrap() - held;
+            (text..=2.0 * text + 1000.0).contains(&now)
+        })
+        .await;
+        drop(call);
+        let answer = client.answer().await;
+        if is_full {
+            assert_eq!(assert_broken_off(&answer), "upstream_incomplete");
+            assert_eq!(gpu_2.asked(), 1);
+            assert_eq!(gateway.metric(no_room).await, Some(1.0));
+            gateway.logged("reason=no_room").await;
+        } else {
+            assert!(answer.text().ends_with("data: [DONE]\n\n"));
+            assert_eq!(gpu_2.asked(), 1);
+        }
+        gateway.metric_becomes(HELD, held).await;
+        drop(holder);
+        gateway.metric_becomes(HELD, 0.0).await;
+    }
 }
 
 #[tokio::test]

@@ -55,6 +55,8 @@ pub enum Obstacle {
     Finished,
     /// It is longer than what is remembered of an answer.
     TooLong,
+    /// There was no room for it.
+    NoRoom,
 }
 
 impl Obstacle {
@@ -73,6 +75,7 @@ impl Obstacle {
             Self::Reasoning => "reasoning",
             Self::Finished => "finished",
             Self::TooLong => "too_long",
+            Self::NoRoom => "no_room",
         }
     }
 }
@@ -212,6 +215,18 @@ impl Partial {
             return;
         }
         self.text.extend_from_slice(inner);
+    }
+
+    /// Returns how much memory the text takes, in bytes. Grows seldom, by more than
+    /// is needed.
+    pub fn text_bytes(&self) -> usize {
+        self.text.capacity()
+    }
+
+    /// Forgets the text, for want of room: nobody can go on with it then.
+    pub fn forget(&mut self) {
+        self.text = Vec::new();
+        self.obstacle = self.obstacle.or(Some(Obstacle::NoRoom));
     }
 
     /// Returns why nobody could go on, if it is known already.
