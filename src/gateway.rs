@@ -201,6 +201,14 @@ impl Snapshot {
         }
     }
 
+    /// Tells the plugins that `next` does not have that they do not serve any
+    /// more.
+    fn retire_plugins(&self, next: &Self) {
+        for chain in self.chains() {
+            chain.retire(|plugin| next.chains().any(|chain| chain.holds(plugin)));
+        }
+    }
+
     fn watched(&self) -> Vec<PathBuf> {
         self.chains().flat_map(|chain| chain.watched()).collect()
     }
@@ -348,6 +356,7 @@ impl Gateway {
                 // Before the first request: what they read must be there then.
                 next.start_plugins(&self.resources);
                 let previous = self.current.swap(Arc::clone(&next));
+                previous.retire_plugins(&next);
                 for (_, upstream) in next.upstreams() {
                     upstream.go_live();
                 }

@@ -83,7 +83,7 @@ pub struct Metrics {
     pub capture_files_removed: IntCounterVec,
     /// How often a key's budget came near its end, or to it.
     pub budget_transitions: IntCounterVec,
-    /// Alerts, by kind and whether everybody was reached.
+    /// Alerts, by kind and whether a receiver was reached.
     pub alerts: IntCounterVec,
     /// Breakers, one per model, that are not closed.
     pub breakers: IntGaugeVec,
@@ -291,7 +291,7 @@ impl Metrics {
             ),
             alerts: all.counters(
                 "forebay_alerts_total",
-                "Alerts, by kind and what came of them",
+                "Tries to tell a receiver, by kind and what came of them",
                 &["kind", "result"],
             ),
             breakers: all.gauges(

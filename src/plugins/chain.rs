@@ -374,6 +374,20 @@ impl Chain {
         }
     }
 
+    /// Tells the plugins that `kept` does not hold that they do not serve any
+    /// more.
+    pub fn retire(&self, kept: impl Fn(&Arc<dyn Plugin>) -> bool) {
+        for link in self.links.iter().filter(|link| !kept(&link.plugin)) {
+            link.plugin.retire();
+        }
+    }
+
+    /// Returns whether a plugin is one of the list.
+    pub fn holds(&self, plugin: &Arc<dyn Plugin>) -> bool {
+        let mut links = self.links.iter();
+        links.any(|link| Arc::ptr_eq(&link.plugin, plugin))
+    }
+
     /// Returns the files whose change asks for a reload.
     pub fn watched(&self) -> Vec<PathBuf> {
         self.links

@@ -199,6 +199,11 @@ pub trait Plugin: Send + Sync {
         let _ = resources;
     }
 
+    /// Runs when another snapshot has taken the place of the one that holds the
+    /// plugin, and does not hold it: whatever it does beside requests ends here,
+    /// although some of them may be on their way for long. Must not block.
+    fn retire(&self) {}
+
     /// Returns the files, beside the YAML, whose change asks for a reload.
     fn watched(&self) -> Vec<PathBuf> {
         Vec::new()

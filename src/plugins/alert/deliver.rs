@@ -1,4 +1,5 @@
-//! An alert on its way to people: webhooks and a command.
+//! An alert on its way to people: a webhook, or a command. What does not arrive
+//! is tried again by the [`board`](super::board).
 
 use std::{
     process::Stdio,
@@ -9,12 +10,11 @@ use serde_json::json;
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
 use super::board::Alert;
-use crate::outbound::{Endpoint, Outbound, Outgoing};
+use crate::{
+    logging::Seldom,
+    outbound::{Endpoint, Outbound, Outgoing},
+};
 
-/// How often one webhook is tried.
-const TRIES: u32 = 3;
-/// How long it is waited before the second try; twice that before the third.
-const PAUSE: Duration = Duration::from_secs(1);
 /// The most of a webhook's answer that is read: nobody looks at it.
 const ANSWER_MAX: usize = 64 * 1024;
 /// The most of a subject that is told: the name of a model is a client's word.
@@ -34,68 +34,66 @@ pub(super) enum Format {
 }
 
 /// Where alerts go.
-pub(super) struct Webhook {
-    pub(super) endpoint: Endpoint,
-    pub(super) format: Format,
+pub(super) enum To {
+    /// A URL that gets each alert as a POST.
+    Webhook { endpoint: Endpoint, format: Format },
+    /// A program and its arguments.
+    Command(Vec<String>),
 }
 
-/// Everybody who is told.
-pub(super) struct Receivers {
+/// Somebody who is told.
+pub(super) struct Receiver {
     /// What this gateway is called.
     pub(super) source: String,
-    pub(super) webhooks: Vec<Webhook>,
-    /// A program and its arguments.
-    pub(super) command: Vec<String>,
+    pub(super) to: To,
     pub(super) timeout: Duration,
-    pub(super) outbound: Outbound,
+    pub(super) failures: Seldom,
 }
 
-impl Receivers {
-    /// Tells everybody; returns how many were not reached.
-    pub(super) async fn tell(&self, alert: &Alert, at: SystemTime) -> usize {
-        let body = self.body(alert, at);
-        let webhooks = self.webhooks.iter().map(|webhook| async {
-            let text = match webhook.format {
-                Format::Json => body.clone(),
-                Format::Slack => self.slack(alert),
-            };
-            self.post(webhook, text).await
-        });
-        let posted = futures_util::future::join_all(webhooks);
-        let (posted, ran) = tokio::join!(posted, self.run(&body, alert));
-        posted.iter().filter(|told| !**told).count() + usize::from(!ran)
-    }
-
-    async fn post(&self, webhook: &Webhook, body: String) -> bool {
-        for number in 0..TRIES {
-            if number > 0 {
-                tokio::time::sleep(PAUSE * 2_u32.pow(number - 1)).await;
+impl Receiver {
+    /// Tells him, once; returns whether he was reached.
+    pub(super) async fn tell(&self, outbound: &Outbound, alert: &Alert, at: SystemTime) -> bool {
+        let (name, told) = match &self.to {
+            To::Webhook { endpoint, format } => {
+                let text = match format {
+                    Format::Json => self.body(alert, at),
+                    Format::Slack => self.slack(alert),
+                };
+                // The endpoint shows its origin only: the path of a webhook is
+                // its secret.
+                let told = self.post(outbound, endpoint, text).await;
+                (format!("{endpoint:?}"), told)
             }
-            let url = webhook.endpoint.url().clone();
-            let call = Outgoing::post(url, "application/json", body.clone());
-            let until = Instant::now() + self.timeout;
-            let sent = self
-                .outbound
-                .send(&webhook.endpoint, call, ANSWER_MAX, until);
-            // The endpoint shows its origin only: the path of a webhook is its
-            // secret.
-            let why = match sent.await {
-                Ok(answer) if answer.status.is_success() => return true,
-                Ok(answer) => format!("status {}", answer.status.as_u16()),
-                Err(why) => why.to_string(),
-            };
-            log::warn!(
-                "alert not delivered: to={:?} try={number} {why}",
-                webhook.endpoint
-            );
+            To::Command(command) => {
+                let program = command.first().map_or("", String::as_str);
+                let told = self.run(command, &self.body(alert, at), alert).await;
+                (format!("{program:?}"), told)
+            }
+        };
+        let Err(why) = told else {
+            return true;
+        };
+        if let Some(others) = self.failures.due(Instant::now()) {
+            let kind = alert.kind.as_str();
+            log::warn!("alert not delivered: to={name} kind={kind} others={others} {why}");
         }
         false
     }
 
+    async fn post(&self, outbound: &Outbound, to: &Endpoint, body: String) -> Result<(), String> {
+        let call = Outgoing::post(to.url().clone(), "application/json", body);
+        let until = Instant::now() + self.timeout;
+        match outbound.send(to, call, ANSWER_MAX, until).await {
+            Ok(answer) if answer.status.is_success() => Ok(()),
+            Ok(answer) => Err(format!("status {}", answer.status.as_u16())),
+            Err(why) => Err(why.to_string()),
+        }
+    }
+
     /// Runs the command with the alert as JSON on its standard input.
-    async fn run(&self, body: &str, alert: &Alert) -> bool {
-        let Some((program, arguments)) = self.command.split_first() else {
-            return true;
+    async fn run(&self, command: &[String], body: &str, alert: &Alert) -> Result<(), String> {
+        let Some((program, arguments)) = command.split_first() else {
+            return Ok(());
         };
         let state = state_of(alert);
         let spawned = Command::new(program)
@@ -114,13 +112,7 @@ impl Receivers {
             .stderr(Stdio::null())
             .kill_on_drop(true)
             .spawn();
-        let mut child = match spawned {
-            Ok(child) => child,
-            Err(why) => {
-                log::warn!("alert not delivered: command={program:?} {why}");
-                return false;
-            }
-        };
+        let mut child = spawned.map_err(|why| why.to_string())?;
         let ran = async {
             if let Some(mut stdin) = child.stdin.take() {
                 // A program that does not read it has what it needs.
@@ -128,14 +120,12 @@ impl Receivers {
             }
             child.wait().await
         };
-        let why = match timeout(self.timeout, ran).await {
-            Ok(Ok(status)) if status.success() => return true,
-            Ok(Ok(status)) => status.to_string(),
-            Ok(Err(why)) => why.to_string(),
-            Err(_elapsed) => "not done in time".to_owned(),
-        };
-        log::warn!("alert not delivered: command={program:?} {why}");
-        false
+        match timeout(self.timeout, ran).await {
+            Ok(Ok(status)) if status.success() => Ok(()),
+            Ok(Ok(status)) => Err(status.to_string()),
+            Ok(Err(why)) => Err(why.to_string()),
+            Err(_elapsed) => Err("not done in time".to_owned()),
+        }
     }
 
     fn body(&self, alert: &Alert, at: SystemTime) -> String {
@@ -188,18 +178,18 @@ fn cut(text: &str) -> String {
 mod tests {
     use super::{super::board::Kind, *};
 
-    fn receivers(command: &[&str]) -> Receivers {
-        Receivers {
+    fn receiver(command: &[&str]) -> Receiver {
+        Receiver {
             source: "gate".to_owned(),
-            webhooks: Vec::new(),
-            command: command.iter().map(|word| (*word).to_owned()).collect(),
+            to: To::Command(command.iter().map(|word| (*word).to_owned()).collect()),
             timeout: Duration::from_secs(20),
-            outbound: Outbound::new(),
+            failures: Seldom::default(),
         }
     }
 
     fn alert(subject: &str) -> Alert {
         Alert {
+            ticket: 1,
             kind: Kind::Breaker,
             subject: subject.into(),
             wrong: true,
@@ -211,30 +201,27 @@ mod tests {
     #[test]
     fn a_clients_words_are_neither_markup_nor_endless() {
         let alert = alert(&format!("<!channel>\u{7}{}", "x".repeat(1000)));
-        let slack = receivers(&[]).slack(&alert);
+        let slack = receiver(&[]).slack(&alert);
         assert!(slack.contains("&lt;!channel&gt;x"), "{slack}");
         assert!(slack.len() < 400, "{slack}");
-        let body = receivers(&[]).body(&alert, SystemTime::UNIX_EPOCH);
+        let body = receiver(&[]).body(&alert, SystemTime::UNIX_EPOCH);
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["at"], "1970-01-01T00:00:00Z");
         assert_eq!(body["suppressed"], 2);
     }
 
     #[tokio::test]
-    async fn a_command_that_fails_or_is_not_there_is_counted() {
+    async fn a_command_that_fails_or_is_not_there_has_not_told_anybody() {
         let now = SystemTime::now();
-        for (command, failed) in [
-            (vec!["true"], 0),
-            (vec!["false"], 1),
-            (vec!["/there/is/no/such/program"], 1),
-            (vec![], 0),
+        let outbound = Outbound::new();
+        for (command, reached) in [
+            (vec!["true"], true),
+            (vec!["false"], false),
+            (vec!["/there/is/no/such/program"], false),
+            (vec![], true),
         ] {
-            let receivers = receivers(&command);
-            assert_eq!(
-                receivers.tell(&alert("a"), now).await,
-                failed,
-                "{command:?}"
-            );
+            let told = receiver(&command).tell(&outbound, &alert("a"), now).await;
+            assert_eq!(told, reached, "{command:?}");
         }
     }
 
@@ -243,8 +230,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("told");
         let script = format!("cat > {0}; env >> {0}", file.display());
-        let receivers = receivers(&["sh", "-c", &script]);
-        assert_eq!(receivers.tell(&alert("gpu-1"), SystemTime::now()).await, 0);
+        let receiver = receiver(&["sh", "-c", &script]);
+        let (outbound, alert) = (Outbound::new(), alert("gpu-1"));
+        assert!(receiver.tell(&outbound, &alert, SystemTime::now()).await);
         let told = std::fs::read_to_string(file).unwrap();
         assert!(told.contains(r#""subject":"gpu-1""#), "{told}");
         assert!(told.contains("FOREBAY_ALERT_KIND=breaker"), "{told}");

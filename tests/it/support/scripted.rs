@@ -2,7 +2,7 @@
 //! simulator, which speaks HTTP, has no knob for.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -46,10 +46,18 @@ impl Request {
     }
 }
 
+/// Any free port of this machine.
+const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
 impl Scripted {
     /// Answers every request with these bytes and keeps the connection open.
     pub async fn always(answer: impl Into<Vec<u8>>) -> Self {
-        Self::start(vec![(String::new(), answer.into())], None).await
+        Self::start(ANYWHERE, vec![(String::new(), answer.into())], None).await
+    }
+
+    /// The same at an address that was free.
+    pub async fn always_at(addr: SocketAddr, answer: impl Into<Vec<u8>>) -> Self {
+        Self::start(addr, vec![(String::new(), answer.into())], None).await
     }
 
     /// Answers with the bytes of the first target that the request's begins
@@ -57,7 +65,7 @@ impl Scripted {
     pub async fn by_target(answers: &[(&str, Vec<u8>)]) -> Self {
         let answers = answers.iter();
         let answers = answers.map(|(target, answer)| ((*target).to_owned(), answer.clone()));
-        Self::start(answers.collect(), None).await
+        Self::start(ANYWHERE, answers.collect(), None).await
     }
 
     /// The same over TLS, with a certificate of [`tls_file`]: `server`,
@@ -88,12 +96,16 @@ impl Scripted {
 
     async fn over(config: ServerConfig, answer: impl Into<Vec<u8>>) -> Self {
         let answers = vec![(String::new(), answer.into())];
-        Self::start(answers, Some(Arc::new(config).into())).await
+        Self::start(ANYWHERE, answers, Some(Arc::new(config).into())).await
     }
 
-    async fn start(answers: Vec<(String, Vec<u8>)>, tls: Option<TlsAcceptor>) -> Self {
+    async fn start(
+        addr: SocketAddr,
+        answers: Vec<(String, Vec<u8>)>,
+        tls: Option<TlsAcceptor>,
+    ) -> Self {
         let answers = Arc::new(answers);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(addr).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&requests);
