@@ -84,6 +84,7 @@ struct Counts {
     bad: u64,
     partial: u64,
     twice: u64,
+    empty: u64,
     tools: u64,
     images: u64,
     /// Files that end before their end.
@@ -93,6 +94,9 @@ struct Counts {
 /// Exports, and returns a line that says what became of the lines.
 pub(crate) fn run(options: &ExportOptions) -> anyhow::Result<String> {
     let files = find(&options.files)?;
+    if let Some(out) = &options.out {
+        apart(options, &files, out)?;
+    }
     let total = files.iter().map(|(_, bytes)| bytes).sum();
     let progress = progress(total);
     let mut export = Export {
@@ -107,12 +111,14 @@ pub(crate) fn run(options: &ExportOptions) -> anyhow::Result<String> {
         (Some(out), _) => {
             let mut part = Part::of(out)?;
             export.all(&files, &mut Output::of(&mut part.file), &progress)?;
+            export.any()?;
             part.finish()?;
         }
         (None, _) => {
             let mut out = BufWriter::new(io::stdout().lock());
             export.all(&files, &mut Output::of(&mut out), &progress)?;
             out.flush()?;
+            export.any()?;
         }
     }
     progress.finish_and_clear();
@@ -149,6 +155,49 @@ fn find(named: &[PathBuf]) -> anyhow::Result<Vec<(PathBuf, u64)>> {
         files.append(&mut inside);
     }
     Ok(files)
+}
+
+/// Sees to it that nothing is written where it is read from: captured files
+/// would be gone, or the next export would read this one.
+///
+/// # Errors
+/// The output is one of the files, or lies in a folder that is read.
+fn apart(options: &ExportOptions, files: &[(PathBuf, u64)], out: &Path) -> anyhow::Result<()> {
+    let real = |path: &Path| path.canonicalize().ok();
+    let refused = |read: &Path| {
+        let (out, read) = (out.display(), read.display());
+        bail!("{out}: {read} is read, and would be written to: choose another --out")
+    };
+    // What is not there yet is no file of ours, and no folder of captures.
+    let place = real(out);
+    if let Some((file, _)) = files
+        .iter()
+        .find(|(file, _)| place.is_some() && real(file) == place)
+    {
+        return refused(file);
+    }
+    let folder = match (options.to, out.parent()) {
+        (To::Llamafactory, _) => place,
+        (_, Some(parent)) if !parent.as_os_str().is_empty() => real(parent),
+        _ => real(Path::new(".")),
+    };
+    let named = options.files.iter().map(|named| (named, real(named)));
+    let parents = files
+        .iter()
+        .filter(|_| options.to == To::Llamafactory)
+        .map(|(file, _)| {
+            (
+                file,
+                real(file).and_then(|file| Some(file.parent()?.to_owned())),
+            )
+        });
+    match named
+        .chain(parents)
+        .find(|(_, read)| folder.is_some() && *read == folder)
+    {
+        Some((read, _)) => refused(read),
+        None => Ok(()),
+    }
 }
 
 /// A bar on a terminal, and nothing anywhere else.
@@ -219,6 +268,17 @@ impl Export<'_> {
         Ok(())
     }
 
+    /// Sees whether anything was exported of files that are damaged.
+    ///
+    /// # Errors
+    /// Nothing was: no script should take that for a data set.
+    fn any(&self) -> anyhow::Result<()> {
+        if self.counts.written == 0 && self.counts.bad + self.counts.cut > 0 {
+            bail!("{}", self.counts);
+        }
+        Ok(())
+    }
+
     fn lines(
         &mut self,
         path: &Path,
@@ -278,6 +338,10 @@ impl Export<'_> {
             self.counts.partial += 1;
             return None;
         }
+        if line.says_nothing() {
+            self.counts.empty += 1;
+            return None;
+        }
         if self.options.thoughts == Thoughts::Strip {
             line.strip_thoughts();
         }
@@ -324,6 +388,7 @@ impl Export<'_> {
             wordy: Some(&mut wordy.file),
         };
         self.all(files, &mut output, progress)?;
+        self.any()?;
         wordy.file.flush()?;
         io::copy(&mut File::open(&wordy.beside)?, &mut part.file)?;
         drop(wordy);
@@ -418,6 +483,7 @@ impl std::fmt::Display for Counts {
             (self.bad, "damaged"),
             (self.partial, "not whole (--partial takes them)"),
             (self.twice, "there already"),
+            (self.empty, "with an answer of no words"),
             (self.tools, "with tools, which the format has no place for"),
             (
                 self.images,

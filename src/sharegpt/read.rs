@@ -87,6 +87,12 @@ impl Captured {
         (is_whole && is_ours).then_some(captured)
     }
 
+    /// Returns whether the answer has no words and no calls: nothing to learn.
+    pub fn says_nothing(&self) -> bool {
+        let last = self.conversations.last();
+        last.is_none_or(|turn| turn.value.trim().is_empty())
+    }
+
     /// Returns whether a tool was called.
     pub fn has_tool_turns(&self) -> bool {
         let mut turns = self.conversations.iter();

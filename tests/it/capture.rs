@@ -254,18 +254,20 @@ async fn who_does_not_want_it_is_not_captured() {
         let more = json!({ "stream": stream });
         assert_eq!(send(alice, "0", more.clone()).await.status, 200);
         assert_eq!(send(alice, "no", more.clone()).await.status, 200);
-        let store = json!({ "stream": stream, "store": false });
-        assert_eq!(send(alice, "1", store).await.status, 200);
+        for no in [json!(false), json!("false"), json!(0)] {
+            let store = json!({ "stream": stream, "store": no });
+            assert_eq!(send(alice, "1", store).await.status, 200);
+        }
         let bobs = "Bearer bobs-token-0123456789";
         assert_eq!(send(bobs, "1", more).await.status, 200);
     }
     assert_eq!(send("Bearer nobody", "", json!({})).await.status, 401);
     assert_eq!(
-        account(&gateway, 9).await,
+        account(&gateway, 13).await,
         expected(&[
             ("opted_out header", 4),
             ("opted_out key", 2),
-            ("opted_out store", 2),
+            ("opted_out store", 6),
             ("skipped no_request", 1)
         ])
     );
@@ -330,6 +332,37 @@ async fn only_whole_answers_are_captured_unless_more_is_asked_for() {
     assert_eq!(answer_of(&lines[1]), "");
     let all = account(&gateway, 6).await;
     assert!(all.contains(&("skipped length".to_owned(), 1)), "{all:?}");
+}
+
+#[tokio::test]
+async fn an_answer_that_a_filter_ended_is_not_whole() {
+    let gpu = sim("gpu-1").await;
+    let plugins = |settings: &str| {
+        capturing(settings, &one_group(&[&gpu])).replacen(
+            "plugins:\n",
+            "plugins:\n  - policy: { output: [ { deny: [\"(?s).\"] } ] }\n",
+            1,
+        )
+    };
+    let gateway = Gateway::start(&plugins("")).await;
+    for stream in [false, true] {
+        let answer = ask(&gateway, "denied", json!({ "stream": stream })).await;
+        assert!(
+            answer.text().contains("content_filter"),
+            "{}",
+            answer.text()
+        );
+    }
+    assert_eq!(
+        account(&gateway, 2).await,
+        expected(&[("skipped partial", 2)])
+    );
+    gateway.write_config(&plugins(", partial: true"));
+    gateway.logged("configuration reloaded: version=2").await;
+    ask(&gateway, "denied", json!({})).await;
+    let line = captured(&gateway, 1).await.remove(0);
+    assert_eq!(line["meta"]["finish_reason"], "content_filter");
+    assert_eq!(line["meta"]["partial"], true);
 }
 
 #[tokio::test]
@@ -814,4 +847,57 @@ fn an_export_that_fails_leaves_what_was_there() {
     }
     assert_eq!(fs::read_to_string(&out).unwrap(), "before");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn an_export_writes_nothing_where_it_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    let captures = folder.path().join("captures");
+    fs::create_dir(&captures).unwrap();
+    let hour = captures.join("20260102_03.jsonl");
+    fs::write(&hour, LINE).unwrap();
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&captures, &link).unwrap();
+    let [captures_, hour_, link] = [&captures, &hour, &link].map(|path| path.to_str().unwrap());
+    let inside = format!("{captures_}/out.jsonl");
+    for arguments in [
+        &["--to", "openai-jsonl", "--out", hour_, hour_][..],
+        &["--to", "openai-jsonl", "--out", hour_, captures_],
+        &["--to", "openai-jsonl", "--out", &inside, captures_],
+        &["--to", "openai-jsonl", "--out", &inside, link],
+        &["--to", "llamafactory", "--out", captures_, hour_],
+        &["--to", "llamafactory", "--out", link, captures_],
+    ] {
+        let output = export(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("is read"), "{said}");
+    }
+    assert_eq!(fs::read_to_string(&hour).unwrap(), LINE);
+    assert_eq!(fs::read_dir(&captures).unwrap().count(), 1);
+    assert!(
+        export(&["--to", "openai-jsonl", "--out", &inside, hour_])
+            .status
+            .success()
+    );
+}
+
+#[test]
+fn an_export_of_nothing_but_damage_is_a_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.jsonl");
+    let silent = LINE.replace("<think>\\nt\\n</think>\\n\\na", " ");
+    for (name, text, code) in [
+        ("junk.jsonl", "junk\n", 1),
+        ("junk.jsonl.zst", "junk\n", 1),
+        ("empty.jsonl", "", 0),
+        ("silent.jsonl", &silent, 0),
+    ] {
+        let file = folder.path().join(name);
+        fs::write(&file, text).unwrap();
+        let [out, file] = [&out, &file].map(|path| path.to_str().unwrap());
+        let output = export(&["--to", "openai-jsonl", "--out", out, file]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{name}: {said}");
+    }
 }

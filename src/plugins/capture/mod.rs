@@ -294,6 +294,8 @@ impl Capture {
             at,
             redactor: self.redactor.clone(),
             length: self.config.length,
+            // Of those that failed nobody has to be asked here any more.
+            partial: self.config.partial || outcome.ending != Ending::Success,
             place: None,
         }))
     }
@@ -329,11 +331,9 @@ fn opted_out(ctx: &RequestContext) -> Option<OptOut> {
     if says_no(&ctx.headers) {
         return Some(OptOut::Header);
     }
-    let store = ctx
-        .request
-        .as_ref()
-        .and_then(|request| request.get("store"));
-    (store == Some(b"false")).then_some(OptOut::Store)
+    let store = ctx.request.as_ref()?.get("store")?;
+    // As with the header: anything but a plain yes is a no.
+    (!matches!(store, b"true" | b"null")).then_some(OptOut::Store)
 }
 
 /// Anything but a plain yes is a no: who writes the header cares.

@@ -61,6 +61,8 @@ pub(super) struct Job {
     pub(super) redactor: Option<Arc<Redactor>>,
     /// Whether answers that ended at their limit of tokens are kept.
     pub(super) length: bool,
+    /// Whether answers that are not whole are kept.
+    pub(super) partial: bool,
     /// Its place in the queue; given up when it is counted as something else.
     pub(super) place: Option<Place>,
 }
@@ -428,10 +430,24 @@ fn tell(job: &Job) -> Result<(Ready, usize), Skip> {
         Unreadable::Endpoint => Skip::Endpoint,
         Unreadable::Json | Unreadable::Empty => Skip::Unreadable,
     })?;
-    if !job.length {
-        lines.retain(|line| line.meta.finish_reason != "length");
+    for line in &mut lines {
+        // What a filter ended, an upstream's or ours, stops in mid-sentence.
+        line.meta.partial |= line.meta.finish_reason == "content_filter";
+    }
+    let wanted: [(bool, fn(&sharegpt::Line) -> bool, Skip); 2] = [
+        (job.partial, |line| !line.meta.partial, Skip::Partial),
+        (
+            job.length,
+            |line| line.meta.finish_reason != "length",
+            Skip::Length,
+        ),
+    ];
+    for (all, is_wanted, skip) in wanted {
+        if !all {
+            lines.retain(is_wanted);
+        }
         if lines.is_empty() {
-            return Err(Skip::Length);
+            return Err(skip);
         }
     }
     let mut bytes = Vec::new();
@@ -514,6 +530,7 @@ mod tests {
             at,
             redactor: None,
             length: true,
+            partial: true,
             place: None,
         }
     }
