@@ -15,6 +15,7 @@ use http::StatusCode;
 
 use super::{
     Build, ConfigError, Entry, Flow, OnFailure, Pass, Plugin, ResponseHead, Sent, Wants,
+    apart::apart,
     entry::Built,
     meter::{Came, Hook, Meter},
 };
@@ -171,17 +172,20 @@ impl Chain {
     /// # Errors
     /// The first plugin's that fails.
     pub fn on_event(&self, ctx: &mut RequestContext, event: Frame) -> Result<Passed> {
+        let bytes = event.raw.len();
         let mut passed = Passed {
             frames: vec![event],
             ended: false,
         };
-        for (place, link) in self.links.iter().enumerate().rev() {
-            if link.wants.edit {
-                ctx.own.enter(place);
-                passed = self.pass(link, ctx, passed)?;
+        apart(bytes, || {
+            for (place, link) in self.links.iter().enumerate().rev() {
+                if link.wants.edit {
+                    ctx.own.enter(place);
+                    passed = self.pass(link, ctx, passed)?;
+                }
             }
-        }
-        Ok(passed)
+            Ok(passed)
+        })
     }
 
     fn pass(&self, link: &Link, ctx: &mut RequestContext, given: Passed) -> Result<Passed> {
@@ -231,6 +235,10 @@ impl Chain {
     /// # Errors
     /// The first plugin's that fails.
     pub fn on_body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
+        apart(body.len(), || self.body(ctx, body))
+    }
+
+    fn body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
         for (place, link) in self.links.iter().enumerate().rev() {
             if !link.wants.edit {
                 continue;
@@ -699,6 +707,81 @@ mod tests {
             closed.chain.on_headers(&mut closed.ctx).await.unwrap();
             let passed = closed.chain.on_event(&mut closed.ctx, Frame::done());
             assert!(passed.is_err());
+        }
+    }
+
+    /// Takes its time over what is long: until somebody else was served.
+    struct Waits(
+        Mutex<std::sync::mpsc::Receiver<()>>,
+        Arc<tokio::sync::Notify>,
+    );
+
+    impl Waits {
+        fn wait(&self) {
+            self.1.notify_one();
+            let others = self.0.lock().unwrap();
+            let most = std::time::Duration::from_secs(20);
+            others.recv_timeout(most).expect("nobody else was served");
+        }
+    }
+
+    impl Plugin for Waits {
+        fn wants(&self) -> Wants {
+            Wants {
+                edit: true,
+                see: false,
+            }
+        }
+
+        fn on_event(
+            &self,
+            _ctx: &mut RequestContext,
+            event: &Frame,
+            out: &mut Vec<Frame>,
+        ) -> Result<Pass> {
+            self.wait();
+            out.push(event.clone());
+            Ok(Pass::On)
+        }
+
+        fn on_body(&self, _ctx: &mut RequestContext, _body: &mut Bytes) -> Result<()> {
+            self.wait();
+            Ok(())
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_long_answer_holds_up_nobody_elses() {
+        let long = vec![b'x'; crate::plugins::apart::INLINE_BYTES_MAX + 1];
+        for is_event in [false, true] {
+            let (tell, others) = std::sync::mpsc::channel();
+            let begun = Arc::new(tokio::sync::Notify::new());
+            let Bench {
+                mut ctx, metrics, ..
+            } = bench(&[]);
+            let built = Built {
+                name: "waits",
+                plugin: Arc::new(Waits(Mutex::new(others), Arc::clone(&begun))),
+                on_failure: Closed,
+            };
+            let entry = PluginEntry {
+                name: "waits".to_owned(),
+                config: Value::Null,
+            };
+            let chain = Chain::new(vec![Link::new(entry, built, &metrics)], &metrics);
+            let mut body = Bytes::from(long.clone());
+            let one = tokio::spawn(async move {
+                if is_event {
+                    chain.on_event(&mut ctx, Frame::of_data(&body)).map(drop)
+                } else {
+                    chain.on_body(&mut ctx, &mut body)
+                }
+            });
+            begun.notified().await;
+            // On the only thread of the runtime, which is not held.
+            let other = tokio::spawn(async move { tell.send(()) });
+            other.await.unwrap().unwrap();
+            one.await.unwrap().unwrap();
         }
     }
 }

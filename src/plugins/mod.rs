@@ -25,6 +25,7 @@
 //! [`on_finish`]: Plugin::on_finish
 
 mod alert;
+mod apart;
 mod auth;
 mod budget;
 mod cache_salt;
@@ -131,7 +132,8 @@ pub trait Plugin: Send + Sync {
     /// [`Wants::edit`]: puts what is to go on in its place into `out`, which is
     /// the event itself, several, or nothing. What it holds back it must let go
     /// before the end: the event with the finish reason, or `[DONE]`, is its last
-    /// chance. Must not block.
+    /// chance. Must not wait for anything; what it does with a large event keeps
+    /// no other request from being served.
     ///
     /// Events come in the order and with the text of the upstreams, also where
     /// one went on with what another began.
@@ -152,7 +154,7 @@ pub trait Plugin: Send + Sync {
     /// Runs for an answer that is one JSON object, if [`Wants::edit`]; may put
     /// another in its place. An answer that came whole although the client asked
     /// for a stream is told as events, and comes to
-    /// [`on_event`](Self::on_event). Must not block.
+    /// [`on_event`](Self::on_event). Must not wait for anything, as there.
     ///
     /// # Errors
     /// An error takes the answer's place.
