@@ -109,7 +109,10 @@ impl Turn {
     }
 
     /// Returns the turn's value in a line.
-    pub fn value(&self) -> String {
+    pub fn into_value(self) -> String {
+        if self.calls.is_empty() && self.thought.trim().is_empty() {
+            return self.text;
+        }
         let mut out = String::with_capacity(self.text.len() + self.thought.len() + 32);
         if !self.thought.trim().is_empty() {
             out.push_str("<think>\n");

@@ -4,6 +4,11 @@
 //! much of the other is before and behind it. A stream of 200 bytes an event
 //! takes about 15.
 
+/// What is taken at first, in bytes: a short stream needs no more.
+const FIRST: usize = 1024;
+/// What the three numbers of an event take at most, in bytes.
+const NUMBERS: usize = 30;
+
 /// The data of a stream's events, in order.
 #[derive(Clone, Debug, Default)]
 pub struct EventLog {
@@ -16,6 +21,9 @@ pub struct EventLog {
 impl EventLog {
     /// Adds the data of an event.
     pub fn push(&mut self, data: &[u8]) {
+        if self.packed.capacity() == 0 {
+            self.packed.reserve(FIRST.max(data.len() + NUMBERS));
+        }
         let before = common(&self.last, data);
         let (old, new) = (self.last.get(before..), data.get(before..));
         let (old, new) = (old.unwrap_or_default(), new.unwrap_or_default());
@@ -41,13 +49,11 @@ impl EventLog {
 
     /// Returns how many bytes it may take at most with another event.
     pub fn bytes_with(&self, data: &[u8]) -> usize {
-        /// Of three numbers.
-        const NUMBERS: usize = 30;
         let needed = self.packed.len() + data.len() + NUMBERS;
         // As `Vec` grows.
         let packed = match self.packed.capacity() {
             enough if enough >= needed => enough,
-            less => needed.max(less * 2),
+            less => needed.max(less * 2).max(FIRST),
         };
         packed + self.last.capacity().max(data.len() * 2)
     }

@@ -100,10 +100,10 @@ impl Line {
             id,
             conversations: dialogue
                 .turns
-                .iter()
+                .into_iter()
                 .map(|turn| Spoken {
                     from: turn.who.as_str(),
-                    value: turn.value(),
+                    value: turn.into_value(),
                 })
                 .collect(),
             system: dialogue.system,
@@ -115,7 +115,10 @@ impl Line {
 
     /// Returns the line with its end, ready to be written at once.
     pub fn bytes(&self) -> Vec<u8> {
-        let mut json = Vec::with_capacity(1024);
+        // What is quoted is a little longer.
+        let said: usize = self.conversations.iter().map(|turn| turn.value.len()).sum();
+        let long = said + self.system.len() + self.tools.len();
+        let mut json = Vec::with_capacity(1024 + long + long / 8);
         // Strings and numbers always serialise.
         if serde_json::to_writer(&mut json, self).is_err() {
             json.clear();

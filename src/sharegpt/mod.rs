@@ -73,7 +73,7 @@ pub fn tell(
     meta: &Meta,
     rewrite: Option<&dyn Rewrite>,
 ) -> Result<Told, Unreadable> {
-    let asked = Asked::read(exchange.endpoint, exchange.request)?;
+    let mut asked = Asked::read(exchange.endpoint, exchange.request)?;
     let said = match exchange.answer {
         Received::Nothing => Said::nothing(),
         Received::Whole(body) => Said::of_body(exchange.endpoint, body)?,
@@ -85,8 +85,8 @@ pub fn tell(
     let many = said.choices.len() > 1;
     let mut told = Told::default();
     for (index, choice) in said.choices {
-        let prompt = asked.prompt_of(index).ok_or(Unreadable::Empty)?;
-        let mut dialogue = prompt.clone();
+        let prompt = asked.prompt_of(index, !many);
+        let mut dialogue = prompt.ok_or(Unreadable::Empty)?;
         let mut meta = meta.clone();
         meta.model.clone_from(&asked.model);
         meta.answer_model.clone_from(&said.model);

@@ -63,12 +63,18 @@ impl Asked {
         })
     }
 
-    /// Returns the prompt that a choice answers.
-    pub fn prompt_of(&self, choice: u64) -> Option<&Dialogue> {
-        match self.prompts.as_slice() {
-            [one] => Some(one),
-            several => several.get(usize::try_from(choice / self.n).ok()?),
-        }
+    /// Returns the prompt that a choice answers. With `take` it is not there any
+    /// more: for the only choice, since a prompt may be long.
+    pub fn prompt_of(&mut self, choice: u64, take: bool) -> Option<Dialogue> {
+        let prompt = match self.prompts.as_mut_slice() {
+            [one] => one,
+            several => several.get_mut(usize::try_from(choice / self.n).ok()?)?,
+        };
+        Some(if take {
+            std::mem::take(prompt)
+        } else {
+            prompt.clone()
+        })
     }
 }
 

@@ -450,10 +450,11 @@ fn tell(job: &Job) -> Result<(Ready, usize), Skip> {
             return Err(skip);
         }
     }
-    let mut bytes = Vec::new();
-    for line in &lines {
-        bytes.append(&mut line.bytes());
-    }
+    // Nearly always it is one.
+    let bytes = match lines.as_slice() {
+        [one] => one.bytes(),
+        several => several.iter().flat_map(sharegpt::Line::bytes).collect(),
+    };
     let length = bytes.len();
     let ready = Ready {
         lines,
