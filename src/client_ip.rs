@@ -42,8 +42,8 @@ pub fn client_ip<'a>(
 /// Returns what counts as one client: of IPv6 a /64, of which anybody gets at
 /// least one, with more addresses than there are stars.
 pub fn one_client(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
+    match address.to_canonical() {
+        IpAddr::V4(address) => IpAddr::V4(address),
         IpAddr::V6(address) => {
             let network = address.to_bits() & !u128::from(u64::MAX);
             IpAddr::V6(Ipv6Addr::from_bits(network))

@@ -1,19 +1,20 @@
-//! How many tokens a prompt has, about: for what must be decided before a model
-//! has counted them.
+//! How many tokens there are, about: for what must be decided before a model has
+//! counted them.
 //!
-//! Four bytes are a token, of everything that a model reads: messages with their
-//! JSON, tools, prompts, inputs. A picture or a sound inside a message is 1,024
-//! tokens whatever its size. English text comes out some tenths too high, code
-//! about right, languages of other scripts up to twice too high.
+//! Four bytes are a token. That is a little high for English prose, up to a third
+//! low for code and digits, and up to a half high for languages of other scripts.
+//! Of a prompt that is everything that a model reads: messages with their JSON,
+//! tools, prompts, inputs; a picture or a sound inside a message is 1,024 tokens
+//! whatever its size.
 
 use memchr::memmem;
 
 use super::ApiRequest;
 
 /// Bytes per token.
-const BYTES_PER_TOKEN: usize = 4;
+const BYTES_PER_TOKEN: u64 = 4;
 /// What a picture takes, in tokens.
-const PER_IMAGE: usize = 1024;
+const PER_IMAGE: u64 = 1024;
 /// The members that a model reads.
 const READ: [&str; 8] = [
     "messages",
@@ -28,24 +29,23 @@ const READ: [&str; 8] = [
 
 /// Returns about how many tokens the prompt of a request has; at least 1.
 pub fn prompt_tokens(request: &ApiRequest) -> u64 {
-    let (mut bytes, mut images) = (0, 0);
+    let (mut bytes, mut images) = (0_u64, 0_u64);
     for value in READ.into_iter().filter_map(|key| request.get(key)) {
         let media = media_of(value);
-        bytes += value.len().saturating_sub(media.bytes);
+        bytes += value.len().saturating_sub(media.bytes) as u64;
         images += media.count;
     }
-    let tokens = bytes.div_ceil(BYTES_PER_TOKEN) + images * PER_IMAGE;
-    u64::try_from(tokens).unwrap_or(u64::MAX).max(1)
+    (tokens_of_bytes(bytes) + images * PER_IMAGE).max(1)
 }
 
 /// Returns about how many tokens so many bytes of text are.
 pub fn tokens_of_bytes(bytes: u64) -> u64 {
-    bytes.div_ceil(4)
+    bytes.div_ceil(BYTES_PER_TOKEN)
 }
 
 #[derive(Default)]
 struct Media {
-    count: usize,
+    count: u64,
     bytes: usize,
 }
 

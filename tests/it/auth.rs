@@ -5,25 +5,13 @@ use forebay::plugins::hash_token;
 use crate::support::{
     Connection, Gateway, chat, chat_stream, eventually,
     http::{ask, get, post, post_chat},
-    keys::{bearer, keys, token},
+    keys::{bearer, chat_as, keys, token},
     one_group, sim, with_fallback,
 };
 
 /// A configuration that asks for keys; failures are counted, never refused.
 fn guarded(yaml: &str) -> String {
     format!("plugins:\n  - auth: {{ keys_file: keys.yaml, failures_per_minute: 1000000 }}\n{yaml}")
-}
-
-async fn chat_as(gateway: &Gateway, name: &str, model: &str) -> crate::support::Answer {
-    let key = bearer(name);
-    let headers = [("authorization", key.as_str())];
-    post(
-        gateway.addr,
-        "/v1/chat/completions",
-        &headers,
-        chat(model).as_bytes(),
-    )
-    .await
 }
 
 #[tokio::test]
@@ -167,13 +155,13 @@ async fn a_key_sees_and_uses_only_its_models() {
     )
     .await;
 
-    let refused = chat_as(&gateway, "alice", "llama-1").await;
+    let refused = chat_as(&gateway, "alice", &chat("llama-1")).await;
     assert_eq!(refused.status, 403, "{}", refused.text());
     assert_eq!(refused.error_code(), "model_not_allowed");
     assert_eq!(refused.json()["error"]["param"], "model");
     assert!(gpu.records().is_empty());
     // What the simulator says to a model it does not have is its own affair.
-    chat_as(&gateway, "alice", "qwen-1").await;
+    chat_as(&gateway, "alice", &chat("qwen-1")).await;
     assert_eq!(gpu.records().len(), 1);
 
     for (name, sees, one) in [
@@ -206,13 +194,22 @@ async fn a_key_held_to_groups_never_leaves_them() {
     ]);
     let yaml = guarded(&with_fallback(&[&gpu], &ollama));
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
-    assert_eq!(chat_as(&gateway, "low", "demo").await.upstream(), "ollama");
-    assert_eq!(chat_as(&gateway, "high", "demo").await.upstream(), "gpu-1");
+    assert_eq!(
+        chat_as(&gateway, "low", &chat("demo")).await.upstream(),
+        "ollama"
+    );
+    assert_eq!(
+        chat_as(&gateway, "high", &chat("demo")).await.upstream(),
+        "gpu-1"
+    );
 
     gpu.stop().await;
-    assert_eq!(chat_as(&gateway, "any", "demo").await.upstream(), "ollama");
+    assert_eq!(
+        chat_as(&gateway, "any", &chat("demo")).await.upstream(),
+        "ollama"
+    );
     ollama.clear_records();
-    let answer = chat_as(&gateway, "high", "demo").await;
+    let answer = chat_as(&gateway, "high", &chat("demo")).await;
     assert_eq!(answer.status, 503, "{}", answer.text());
     assert!(ollama.records().is_empty());
 }
@@ -224,11 +221,17 @@ async fn a_local_key_never_leaves_the_premises() {
         guarded(&with_fallback(&[&cloud], &ollama)).replacen("local: true", "local: false", 1);
     let file = keys(&[("home", ", local: true"), ("any", "")]);
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
-    assert_eq!(chat_as(&gateway, "any", "demo").await.upstream(), "cloud-1");
+    assert_eq!(
+        chat_as(&gateway, "any", &chat("demo")).await.upstream(),
+        "cloud-1"
+    );
     cloud.clear_records();
-    assert_eq!(chat_as(&gateway, "home", "demo").await.upstream(), "ollama");
+    assert_eq!(
+        chat_as(&gateway, "home", &chat("demo")).await.upstream(),
+        "ollama"
+    );
     ollama.stop().await;
-    assert_eq!(chat_as(&gateway, "home", "demo").await.status, 503);
+    assert_eq!(chat_as(&gateway, "home", &chat("demo")).await.status, 503);
     assert!(cloud.records().is_empty());
 }
 
@@ -270,16 +273,16 @@ async fn a_changed_keys_file_is_taken_by_itself() {
     let before = keys(&[("alice", ""), ("bob", "")]);
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &before)], &[]).await;
     let file = gateway.folder.path().join("keys.yaml");
-    assert_eq!(chat_as(&gateway, "bob", "demo").await.status, 200);
-    assert_eq!(chat_as(&gateway, "carol", "demo").await.status, 401);
+    assert_eq!(chat_as(&gateway, "bob", &chat("demo")).await.status, 200);
+    assert_eq!(chat_as(&gateway, "carol", &chat("demo")).await.status, 401);
 
     std::fs::write(&file, keys(&[("alice", ""), ("carol", "")])).unwrap();
     eventually("bob is out and carol is in", async || {
-        chat_as(&gateway, "bob", "demo").await.status == 401
-            && chat_as(&gateway, "carol", "demo").await.status == 200
+        chat_as(&gateway, "bob", &chat("demo")).await.status == 401
+            && chat_as(&gateway, "carol", &chat("demo")).await.status == 200
     })
     .await;
-    assert_eq!(chat_as(&gateway, "alice", "demo").await.status, 200);
+    assert_eq!(chat_as(&gateway, "alice", &chat("demo")).await.status, 200);
 }
 
 #[tokio::test]
@@ -298,7 +301,7 @@ async fn a_broken_keys_file_leaves_the_old_keys_and_says_why() {
     gateway
         .metric_becomes("forebay_config_last_reload_successful", 0.0)
         .await;
-    assert_eq!(chat_as(&gateway, "alice", "demo").await.status, 200);
+    assert_eq!(chat_as(&gateway, "alice", &chat("demo")).await.status, 200);
     gateway.logged("expected a SHA-256").await;
     gateway.logged("keys.yaml:2:").await;
     let health = get(gateway.admin, "/health").await.json();
@@ -311,10 +314,10 @@ async fn a_broken_keys_file_leaves_the_old_keys_and_says_why() {
 
     std::fs::write(&file, keys(&[("bob", "")])).unwrap();
     eventually("bob is in", async || {
-        chat_as(&gateway, "bob", "demo").await.status == 200
+        chat_as(&gateway, "bob", &chat("demo")).await.status == 200
     })
     .await;
-    assert_eq!(chat_as(&gateway, "alice", "demo").await.status, 401);
+    assert_eq!(chat_as(&gateway, "alice", &chat("demo")).await.status, 401);
     gateway
         .metric_becomes("forebay_config_last_reload_successful", 1.0)
         .await;
@@ -327,9 +330,9 @@ async fn who_guesses_has_to_wait_but_a_valid_key_from_there_does_not() {
     let file = keys(&[("alice", ""), ("old", ", expires: 2020-01-01")]);
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     for _ in 0..3 {
-        assert_eq!(chat_as(&gateway, "guess", "demo").await.status, 401);
+        assert_eq!(chat_as(&gateway, "guess", &chat("demo")).await.status, 401);
     }
-    let answer = chat_as(&gateway, "guess", "demo").await;
+    let answer = chat_as(&gateway, "guess", &chat("demo")).await;
     assert_eq!(answer.status, 429, "{}", answer.text());
     assert_eq!(answer.error_code(), "too_many_auth_failures");
     let wait: u64 = answer.header("retry-after").unwrap().parse().unwrap();
@@ -337,10 +340,10 @@ async fn who_guesses_has_to_wait_but_a_valid_key_from_there_does_not() {
     // No key is no wrong one.
     assert_eq!(get(gateway.addr, "/v1/models").await.status, 401);
     for _ in 0..3 {
-        assert_eq!(chat_as(&gateway, "alice", "demo").await.status, 200);
+        assert_eq!(chat_as(&gateway, "alice", &chat("demo")).await.status, 200);
     }
     // Who had a key is not guessing, and is told what is the matter.
-    assert_eq!(chat_as(&gateway, "old", "demo").await.status, 401);
+    assert_eq!(chat_as(&gateway, "old", &chat("demo")).await.status, 401);
     assert_eq!(get(gateway.addr, "/health").await.status, 200);
     gateway
         .metric_becomes("forebay_limit_hits_total{limit=\"auth_failures\"}", 1.0)
@@ -440,7 +443,7 @@ async fn no_credential_is_ever_logged_counted_or_told() {
     ] {
         gpu.fault(fault).await.unwrap();
         other.fault(fault).await.unwrap();
-        told.push(chat_as(&gateway, "alice", "demo").await);
+        told.push(chat_as(&gateway, "alice", &chat("demo")).await);
     }
     told.push(get(gateway.addr, "/health").await);
     told.push(get(gateway.admin, "/metrics").await);
@@ -483,7 +486,7 @@ async fn a_key_may_have_two_tokens_while_one_is_replaced() {
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     for (name, status) in [("first", 200), ("second", 200), ("third", 401)] {
         assert_eq!(
-            chat_as(&gateway, name, "demo").await.status,
+            chat_as(&gateway, name, &chat("demo")).await.status,
             status,
             "{name}"
         );
@@ -526,7 +529,7 @@ async fn a_route_with_its_own_list_has_only_that() {
     }
     assert_eq!(get(gateway.addr, "/v1/models").await.status, 401);
     assert!(gpu.records().is_empty());
-    chat_as(&gateway, "alice", "other").await;
+    chat_as(&gateway, "alice", &chat("other")).await;
     assert_eq!(gpu.records().len(), 1);
 }
 
@@ -540,7 +543,7 @@ async fn a_key_that_names_an_unknown_group_is_warned_about() {
         .logged("\"alice\" may reach the group \"gpuz\"")
         .await;
     assert!(!gateway.log().contains("the group \"gpus\""));
-    assert_eq!(chat_as(&gateway, "alice", "demo").await.status, 200);
+    assert_eq!(chat_as(&gateway, "alice", &chat("demo")).await.status, 200);
     // The key is as it was, but the group has gone: told again.
     gateway.write_config(&yaml.replace("gpus", "gpuz"));
     gateway

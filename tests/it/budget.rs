@@ -3,32 +3,20 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
-use forebay::plugins::hash_token;
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
 use crate::support::{
-    Answer, Connection, Gateway, Scripted,
+    Connection, Gateway, Scripted,
     by_hand::{ByHand, group_of as one_upstream},
     chat, chat_stream, eventually,
     gateway::command,
     group_of,
-    http::{build, get, post, post_chat},
+    http::{build, get, post_chat},
+    keys::{chat_as, keys},
     one_group,
     scripted::answer,
     sim, upstream_at,
 };
-
-fn token(name: &str) -> String {
-    format!("fb_token_that_nobody_guesses_of_{name}")
-}
-
-fn keys(all: &[(&str, &str)]) -> String {
-    let entry = |(name, rest): &(&str, &str)| {
-        let hash = hash_token(&token(name));
-        format!("  - {{ name: {name}, sha256: \"{hash}\"{rest} }}\n")
-    };
-    format!("keys:\n{}", all.iter().map(entry).collect::<String>())
-}
 
 /// A configuration with a budget and a store, that asks for keys.
 fn keyed(store: &str, budget: &str, yaml: &str) -> String {
@@ -40,13 +28,6 @@ fn keyed(store: &str, budget: &str, yaml: &str) -> String {
 /// The same without keys.
 fn open(store: &str, budget: &str, yaml: &str) -> String {
     keyed(store, budget, yaml).replace("auth: { keys_file: keys.yaml }", "auth: none")
-}
-
-async fn ask_as(gateway: &Gateway, name: &str, body: &str) -> Answer {
-    let key = format!("Bearer {}", token(name));
-    let headers = [("authorization", key.as_str())];
-    let path = "/v1/chat/completions";
-    post(gateway.addr, path, &headers, body.as_bytes()).await
 }
 
 async fn connect(file: &Path) -> SqliteConnection {
@@ -82,7 +63,7 @@ async fn who_has_used_his_budget_waits_for_the_next_day() {
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     // An answer takes 24 tokens, the prompt one.
     for status in [200, 200, 200, 429, 429] {
-        let answer = ask_as(&gateway, "a", &chat("demo")).await;
+        let answer = chat_as(&gateway, "a", &chat("demo")).await;
         assert_eq!(answer.status, status, "{}", answer.text());
         if status == 200 {
             continue;
@@ -100,11 +81,11 @@ async fn who_has_used_his_budget_waits_for_the_next_day() {
         );
     }
     assert_eq!(
-        ask_as(&gateway, "b", &chat_stream("demo")).await.status,
+        chat_as(&gateway, "b", &chat_stream("demo")).await.status,
         200
     );
     for _ in 0..5 {
-        assert_eq!(ask_as(&gateway, "rich", &chat("demo")).await.status, 200);
+        assert_eq!(chat_as(&gateway, "rich", &chat("demo")).await.status, 200);
     }
     let a = usage(&gateway, "a").await;
     assert_eq!(a["day"]["tokens"], 75);

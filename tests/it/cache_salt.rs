@@ -4,8 +4,7 @@ use forebay::sim::Sim;
 
 use crate::support::{
     Gateway, chat, group_of,
-    http::post,
-    keys::{bearer, keys},
+    keys::{chat_as, keys},
     sim, upstream_at,
 };
 
@@ -13,15 +12,7 @@ use crate::support::{
 /// to the upstream.
 async fn salt_at(gateway: &Gateway, sim: &Sim, key: &str) -> Option<String> {
     let body = chat("demo").replacen('{', r#"{"cache_salt":"of-the-client","#, 1);
-    let key = bearer(key);
-    let headers = [("authorization", key.as_str())];
-    let answer = post(
-        gateway.addr,
-        "/v1/chat/completions",
-        &headers,
-        body.as_bytes(),
-    )
-    .await;
+    let answer = chat_as(gateway, key, &body).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
     let records = sim.records();
     let sent = records.last().unwrap().json();

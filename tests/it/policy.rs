@@ -8,7 +8,7 @@ use crate::support::{
     by_hand::{ByHand, STREAM_HEAD, delta, group_of as one_upstream},
     chat, chat_stream, group_of,
     http::{build, post, post_chat},
-    keys::{bearer, keys},
+    keys::{chat_as, keys},
     one_group,
     scripted::{answer, json as answered},
     sim, upstream_at,
@@ -122,15 +122,7 @@ async fn keys_that_are_trusted_may_send_what_others_may_not() {
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     let body = chat("demo").replacen('{', r#"{"chat_template":"x","#, 1);
     for (name, status) in [("alice", 400), ("admin-1", 200)] {
-        let key = bearer(name);
-        let headers = [("authorization", key.as_str())];
-        let answer = post(
-            gateway.addr,
-            "/v1/chat/completions",
-            &headers,
-            body.as_bytes(),
-        )
-        .await;
+        let answer = chat_as(&gateway, name, &body).await;
         assert_eq!(answer.status, status, "{}", answer.text());
         if status == 400 {
             assert_eq!(answer.error_code(), "unsupported_parameter");

@@ -5,28 +5,14 @@ use std::{
     time::Duration,
 };
 
-use forebay::plugins::hash_token;
 use futures_util::future::join_all;
 
 use crate::support::{
     Answer, Connection, Gateway, chat, chat_stream, eventually,
     http::{build, post, post_chat},
+    keys::{bearer, chat_as, keys},
     one_group, sim,
 };
-
-/// The token of the key with this name.
-fn token(name: &str) -> String {
-    format!("fb_token_that_nobody_guesses_of_{name}")
-}
-
-/// A keys file: each key's name, and its further fields.
-fn keys(all: &[(&str, &str)]) -> String {
-    let entry = |(name, rest): &(&str, &str)| {
-        let hash = hash_token(&token(name));
-        format!("  - {{ name: {name}, sha256: \"{hash}\"{rest} }}\n")
-    };
-    format!("keys:\n{}", all.iter().map(entry).collect::<String>())
-}
 
 /// A configuration that asks for keys and has these further plugins.
 fn keyed(rules: &[&str], yaml: &str) -> String {
@@ -37,13 +23,6 @@ fn keyed(rules: &[&str], yaml: &str) -> String {
 /// The same without keys.
 fn open(rules: &[&str], yaml: &str) -> String {
     keyed(rules, yaml).replace("auth: { keys_file: keys.yaml }", "auth: none")
-}
-
-async fn ask_as(gateway: &Gateway, name: &str, body: &str) -> Answer {
-    let key = format!("Bearer {}", token(name));
-    let headers = [("authorization", key.as_str())];
-    let path = "/v1/chat/completions";
-    post(gateway.addr, path, &headers, body.as_bytes()).await
 }
 
 /// A chat request whose answer has at most so many tokens.
@@ -64,7 +43,7 @@ async fn a_greedy_key_waits_and_the_others_do_not_notice() {
     let file = keys(&[("greedy", ""), ("modest", "")]);
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     for turn in 0..20 {
-        let answer = ask_as(&gateway, "greedy", &chat("demo")).await;
+        let answer = chat_as(&gateway, "greedy", &chat("demo")).await;
         assert_eq!(number(&answer, "x-ratelimit-limit-requests"), 3);
         if turn < 3 {
             assert_eq!(answer.status, 200);
@@ -82,7 +61,7 @@ async fn a_greedy_key_waits_and_the_others_do_not_notice() {
         assert!(reset.starts_with("23h59m") || reset == "24h0m0s", "{reset}");
     }
     assert_eq!(gpu.records().len(), 3);
-    let answer = ask_as(&gateway, "modest", &chat_stream("demo")).await;
+    let answer = chat_as(&gateway, "modest", &chat_stream("demo")).await;
     assert_eq!(answer.status, 200);
     assert_eq!(number(&answer, "x-ratelimit-remaining-requests"), 2);
     let series = "forebay_rate_limited_total{limit=\"requests\",rule=\"key\"}";
@@ -207,7 +186,7 @@ async fn only_so_many_are_served_at_once() {
     let file = keys(&[("a", ""), ("b", "")]);
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     gpu.fault("hang;times=2").await.unwrap();
-    let key = format!("Bearer {}", token("a"));
+    let key = bearer("a");
     let headers = [("authorization", key.as_str())];
     let body = chat("demo");
     let request = build("POST", "/v1/chat/completions", &headers, body.as_bytes());
@@ -218,14 +197,14 @@ async fn only_so_many_are_served_at_once() {
         hanging.push(connection);
     }
     eventually("both are under way", async || gpu.records().len() == 2).await;
-    let refused = ask_as(&gateway, "a", &body).await;
+    let refused = chat_as(&gateway, "a", &body).await;
     assert_eq!(refused.status, 429);
     assert_eq!(refused.error_code(), "rate_limit_exceeded");
     assert_eq!(refused.header("retry-after"), Some("1"));
-    assert_eq!(ask_as(&gateway, "b", &body).await.status, 200);
+    assert_eq!(chat_as(&gateway, "b", &body).await.status, 200);
     hanging.pop();
     eventually("there is room again", async || {
-        ask_as(&gateway, "a", &body).await.status == 200
+        chat_as(&gateway, "a", &body).await.status == 200
     })
     .await;
 }
@@ -246,13 +225,13 @@ async fn a_keys_own_limits_take_the_place_of_the_rules() {
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     for (name, granted) in [("plain", 1), ("more", 3)] {
         for turn in 0..granted + 2 {
-            let status = ask_as(&gateway, name, &chat("demo")).await.status;
+            let status = chat_as(&gateway, name, &chat("demo")).await.status;
             assert_eq!(status == 200, turn < granted, "{name} {turn}");
         }
     }
     // The rule for addresses holds for everybody; refusals of others do not count.
-    assert_eq!(ask_as(&gateway, "most", &chat("demo")).await.status, 200);
-    let refused = ask_as(&gateway, "most", &chat("demo")).await;
+    assert_eq!(chat_as(&gateway, "most", &chat("demo")).await.status, 200);
+    let refused = chat_as(&gateway, "most", &chat("demo")).await;
     assert_eq!(refused.status, 429);
     assert!(
         refused.text().contains("requests per ip"),
@@ -276,7 +255,7 @@ async fn a_keys_own_limit_takes_the_place_of_rules_of_the_same_time_only() {
     let gateway = Gateway::start_with(&yaml, &[("keys.yaml", &file)], &[]).await;
     for (name, granted) in [("more", 3), ("odd", 1)] {
         for turn in 0..granted + 2 {
-            let status = ask_as(&gateway, name, &chat("demo")).await.status;
+            let status = chat_as(&gateway, name, &chat("demo")).await.status;
             assert_eq!(status == 200, turn < granted, "{name} {turn}");
         }
     }
@@ -355,7 +334,7 @@ async fn strangers_are_not_remembered() {
     }
     let series = "forebay_rate_limit_tracked{rule=\"ip\"}";
     assert_eq!(gateway.metric(series).await, Some(0.0));
-    assert_eq!(ask_as(&gateway, "a", &chat("demo")).await.status, 200);
+    assert_eq!(chat_as(&gateway, "a", &chat("demo")).await.status, 200);
     assert_eq!(gateway.metric(series).await, Some(1.0));
 }
 

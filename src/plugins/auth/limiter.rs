@@ -17,6 +17,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::client_ip::one_client;
+
 /// The most addresses that are remembered.
 pub(super) const PEERS_MAX: usize = 16_384;
 const MINUTE: Duration = Duration::from_secs(60);
@@ -29,28 +31,8 @@ pub(super) struct Limiter(Mutex<Generations>);
 /// one is forgotten.
 #[derive(Default)]
 struct Generations {
-    younger: HashMap<Peer, Instant>,
-    older: HashMap<Peer, Instant>,
-}
-
-/// An address, as far as it stands for one customer: an IPv6 customer has a
-/// whole /64 to choose from.
-#[derive(PartialEq, Eq, Hash, Clone, Copy)]
-enum Peer {
-    V4(u32),
-    V6(u64),
-}
-
-impl From<IpAddr> for Peer {
-    fn from(ip: IpAddr) -> Self {
-        match ip.to_canonical() {
-            IpAddr::V4(v4) => Self::V4(v4.to_bits()),
-            IpAddr::V6(v6) => {
-                let [a, b, c, d, ..] = v6.segments().map(u64::from);
-                Self::V6(a << 48 | b << 32 | c << 16 | d)
-            }
-        }
-    }
+    younger: HashMap<IpAddr, Instant>,
+    older: HashMap<IpAddr, Instant>,
 }
 
 impl Limiter {
@@ -65,7 +47,7 @@ impl Limiter {
         per_minute: NonZeroU32,
         now: Instant,
     ) -> Result<(), Duration> {
-        let peer = Peer::from(ip);
+        let peer = one_client(ip);
         let one = MINUTE / per_minute.get();
         let mut generations = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let empty_at = generations.empty_at(peer).map_or(now, |at| at.max(now));
@@ -81,14 +63,14 @@ impl Limiter {
 }
 
 impl Generations {
-    fn empty_at(&self, peer: Peer) -> Option<Instant> {
+    fn empty_at(&self, peer: IpAddr) -> Option<Instant> {
         self.younger
             .get(&peer)
             .or_else(|| self.older.get(&peer))
             .copied()
     }
 
-    fn keep(&mut self, peer: Peer, empty_at: Instant) {
+    fn keep(&mut self, peer: IpAddr, empty_at: Instant) {
         if self.younger.len() >= PEERS_MAX / 2 && !self.younger.contains_key(&peer) {
             self.older = mem::take(&mut self.younger);
         }

@@ -1,10 +1,8 @@
 //! How many tokens a prompt has: counted by the model's own tokenizer where
 //! there is one, estimated otherwise.
 //!
-//! **The estimate:** four bytes of ASCII, two letters of other alphabets, or one
-//! character of Chinese, Japanese, Korean or a symbol make a token. English prose
-//! comes out a little high, code and digits up to a third low, Chinese up to a
-//! half high.
+//! **The estimate** is the one of [`crate::openai::estimate`], of the decoded
+//! texts.
 //!
 //! Counting stops as soon as there is more than is asked about, so that a prompt
 //! costs no more than the limit and one piece.
@@ -16,7 +14,7 @@ use tokenizers::Tokenizer;
 use super::text::{Shape, plain};
 use crate::{
     context::Pattern,
-    openai::{ApiRequest, Endpoint, cursor::Cursor, json},
+    openai::{ApiRequest, Endpoint, cursor::Cursor, estimate::tokens_of_bytes, json},
 };
 
 /// The largest file of a tokenizer, in bytes.
@@ -90,7 +88,7 @@ impl<'a> Ruler<'a> {
                 .and_then(|one| one.encode_fast(piece, false).ok());
             sum += match counted {
                 Some(tokens) => u64::try_from(tokens.len()).unwrap_or(u64::MAX),
-                None => estimate(piece),
+                None => tokens_of_bytes(piece.len() as u64),
             };
             rest = after;
         }
@@ -238,19 +236,6 @@ fn cut(text: &str) -> (&str, &str) {
     text.split_at(space.unwrap_or(end))
 }
 
-/// Returns about how many tokens a text has.
-fn estimate(text: &str) -> u64 {
-    let mut quarters = 0_u64;
-    for letter in text.chars() {
-        quarters += match u32::from(letter) {
-            0..0x80 => 1,
-            0x80..0x2000 => 2,
-            _ => 4,
-        };
-    }
-    quarters.div_ceil(4)
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -314,6 +299,8 @@ pub(super) mod tests {
 
     #[test]
     fn the_estimate_is_near_for_every_script() {
+        let none = Tokenizers::default();
+        let ruler = Ruler::new(&none, "m", 10);
         for (text, tokens) in [
             ("", 0),
             ("word", 1),
@@ -322,7 +309,7 @@ pub(super) mod tests {
             ("你好", 2),
             ("😀", 1),
         ] {
-            assert_eq!(estimate(text), tokens, "{text}");
+            assert_eq!(ruler.text(text, 100), tokens, "{text}");
         }
     }
 

@@ -15,7 +15,10 @@ use std::{
 use prometheus::{IntCounter, IntGauge};
 
 use super::bucket::{Bucket, Ticket};
-use crate::config::{KeyLimits, Rate};
+use crate::{
+    client_ip::one_client,
+    config::{KeyLimits, Rate},
+};
 
 /// How many locks there are: requests of one caller never wait for many others.
 const SHARDS: usize = 16;
@@ -27,21 +30,13 @@ const ONE_ENDS: Duration = Duration::from_secs(1);
 pub(super) enum Who {
     /// A key, a model, a route.
     Name(Arc<str>),
-    /// An address.
-    V4(u32),
-    /// The first 64 bits of an address: what one customer has to choose from.
-    V6(u64),
+    /// An address, as far as it stands for one client.
+    Address(IpAddr),
 }
 
 impl From<IpAddr> for Who {
     fn from(ip: IpAddr) -> Self {
-        match ip.to_canonical() {
-            IpAddr::V4(v4) => Self::V4(v4.to_bits()),
-            IpAddr::V6(v6) => {
-                let [a, b, c, d, ..] = v6.segments().map(u64::from);
-                Self::V6(a << 48 | b << 32 | c << 16 | d)
-            }
-        }
+        Self::Address(one_client(ip))
     }
 }
 
@@ -314,6 +309,10 @@ mod tests {
         Who::Name(name.into())
     }
 
+    fn nth(number: u32) -> Who {
+        Who::from(IpAddr::from(number.to_be_bytes()))
+    }
+
     fn secs(secs: u64) -> Duration {
         Duration::from_secs(secs)
     }
@@ -412,7 +411,7 @@ mod tests {
         let under_way = under_way.ok().unwrap();
         for i in 0..20_000_u32 {
             let at = now + Duration::from_millis(u64::from(i));
-            let (_, held) = table.admit(Who::V4(i), one, 0, &bounds, at);
+            let (_, held) = table.admit(nth(i), one, 0, &bounds, at);
             held.ok().unwrap().settle(0, true, at);
         }
         let len = || -> usize {
@@ -429,12 +428,7 @@ mod tests {
                 .1
                 .is_err()
         );
-        assert!(
-            table
-                .admit(Who::V4(19_999), one, 0, &bounds, end)
-                .1
-                .is_err()
-        );
+        assert!(table.admit(nth(19_999), one, 0, &bounds, end).1.is_err());
         drop(under_way);
     }
 
@@ -445,7 +439,7 @@ mod tests {
         for i in 0..20_000_u32 {
             // A hundred a second: each has long been idle when there is no room.
             let at = now + Duration::from_millis(u64::from(i) * 10);
-            let (_, held) = table.admit(Who::V4(i), one, 0, &bounds, at);
+            let (_, held) = table.admit(nth(i), one, 0, &bounds, at);
             held.ok().unwrap().settle(0, true, at);
         }
         assert_eq!(bounds.forgotten.get(), 0);

@@ -1,6 +1,11 @@
-//! Client keys: their tokens, and the file that knows them.
+//! Client keys: their tokens, the file that knows them, and who calls with one.
 
 use forebay::plugins::hash_token;
+
+use super::{
+    Gateway,
+    http::{Answer, post},
+};
 
 /// The token of the key with this name.
 pub fn token(name: &str) -> String {
@@ -22,4 +27,12 @@ pub fn keys(all: &[(&str, &str)]) -> String {
 /// What the key with this name sends in `Authorization`.
 pub fn bearer(name: &str) -> String {
     format!("Bearer {}", token(name))
+}
+
+/// Sends a chat with the key of this name.
+pub async fn chat_as(gateway: &Gateway, name: &str, body: &str) -> Answer {
+    let key = bearer(name);
+    let headers = [("authorization", key.as_str())];
+    let path = "/v1/chat/completions";
+    post(gateway.addr, path, &headers, body.as_bytes()).await
 }

@@ -57,17 +57,10 @@ impl ChatStream {
         rules: &Rules,
         hits: &Hits,
         event: &Frame,
+        data: &[u8],
         out: &mut Vec<Frame>,
     ) -> Result<Pass> {
-        let Some(data) = event
-            .data
-            .as_deref()
-            .filter(|data| !data.trim_ascii().is_empty())
-        else {
-            out.push(event.clone());
-            return Ok(Pass::On);
-        };
-        if data.trim_ascii() == b"[DONE]" {
+        if data == b"[DONE]" {
             let ended = self.texts.end(rules, hits, |_| true);
             if let Some(pass) = self.put_ended(ended, out) {
                 return Ok(pass);

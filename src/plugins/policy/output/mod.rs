@@ -53,9 +53,16 @@ impl Stream {
         event: &Frame,
         out: &mut Vec<Frame>,
     ) -> Result<Pass> {
+        let data = event.data.as_deref().unwrap_or_default().trim_ascii();
         match self {
-            Self::Chat(stream) => stream.event(rules, hits, event, out),
-            Self::Responses(stream) => stream.event(rules, hits, event, out),
+            Self::Chat(stream) if !data.is_empty() => stream.event(rules, hits, event, data, out),
+            Self::Responses(stream) if data.starts_with(b"{") => {
+                stream.event(rules, hits, event, data, out)
+            }
+            _ => {
+                out.push(event.clone());
+                Ok(Pass::On)
+            }
         }
     }
 }

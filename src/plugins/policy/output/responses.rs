@@ -43,16 +43,9 @@ impl ResponseStream {
         rules: &Rules,
         hits: &Hits,
         event: &Frame,
+        data: &[u8],
         out: &mut Vec<Frame>,
     ) -> Result<Pass> {
-        let Some(data) = event
-            .data
-            .as_deref()
-            .filter(|data| data.trim_ascii().starts_with(b"{"))
-        else {
-            out.push(event.clone());
-            return Ok(Pass::On);
-        };
         let mut value = read(data)?;
         let name = value
             .get("type")
