@@ -184,6 +184,18 @@ async fn an_upstream_is_never_told_to_fetch_from_elsewhere() {
         (large.status, large.error_code().as_str()),
         (413, "media_too_large")
     );
+    for part in [
+        json!({ "type": "image", "image": "http://169.254.169.254/" }),
+        json!({ "type": "image", "image": "/etc/passwd" }),
+        json!({ "type": "brand_new", "source": { "from": "file:///etc/passwd" } }),
+    ] {
+        let messages = json!([{ "role": "user", "content": [part] }]);
+        let answer = say(&gateway, messages, json!({})).await;
+        assert_eq!(answer.error_code(), "media_not_allowed", "{part}");
+        let body = json!({ "model": "demo", "input": [part] }).to_string();
+        let answer = post(gateway.addr, "/v1/embeddings", &[], body.as_bytes()).await;
+        assert_eq!(answer.error_code(), "media_not_allowed", "{part}");
+    }
     assert_eq!(sim.records().len(), 0);
     for url in [
         "https://cdn.example.org/a.png",
@@ -300,6 +312,83 @@ async fn prompts_are_denied_edited_and_begun_and_nothing_of_them_is_logged() {
     assert_eq!(sent(&sim)["messages"], expected);
     gateway.logged("POST").await;
     assert!(!gateway.log().contains("NONCE"));
+}
+
+#[tokio::test]
+async fn a_denied_text_is_found_in_pieces_in_names_and_in_tools() {
+    let (gateway, sim) = start("{ prompt: [{ deny: [forbidden] }] }").await;
+    let text = |text: &str| json!({ "type": "text", "text": text });
+    let pieces = json!([{ "role": "user", "content": [text("forb"), text("idden")] }]);
+    let named = json!([{ "role": "user", "name": "forbidden", "content": "hi" }]);
+    let past = json!([{ "role": "assistant", "content": "forbidden" }]);
+    let function = json!({ "name": "f", "description": "does what is forbidden" });
+    let tools = json!({ "tools": [{ "type": "function", "function": function }] });
+    for (messages, more) in [
+        (pieces, json!({})),
+        (named, json!({})),
+        (past, json!({})),
+        (user("hi"), tools),
+    ] {
+        let answer = say(&gateway, messages, more).await;
+        assert_eq!(answer.status, 400, "{}", answer.text());
+        assert_eq!(answer.error_code(), "content_policy_violation");
+    }
+    assert_eq!(sim.records().len(), 0);
+    assert_eq!(say(&gateway, user("hi"), json!({})).await.status, 200);
+}
+
+#[tokio::test]
+async fn no_kind_of_text_of_a_stream_gets_past_a_rule() {
+    let event = |event: Value| format!("data: {event}\n\n");
+    let chat_events = [
+        json!({ "id": "x", "choices": [{ "index": 0, "delta": { "audio": { "transcript": "the co" } } }] }),
+        json!({ "id": "x", "choices": [{ "index": 0, "delta": { "audio": { "transcript": "des and a co" } } }] }),
+        json!({ "id": "x", "choices": [{ "index": 0, "delta": {}, "finish_reason": "stop" }] }),
+    ];
+    let delta = |kind: &str, text: &str| json!({ "type": format!("response.{kind}.delta"), "item_id": "i", "output_index": 0, "delta": text });
+    let input = json!({ "type": "custom_tool_call", "name": "f", "input": "the codes" });
+    let response_events = [
+        json!({ "type": "response.created", "response": { "id": "r", "output": [] } }),
+        delta("reasoning_summary", "hidden co"),
+        delta("reasoning_summary", "des"),
+        json!({ "type": "response.reasoning_summary.done", "output_index": 0, "text": "hidden codes" }),
+        delta("audio.transcript", "of codes"),
+        json!({ "type": "response.output_item.done", "output_index": 1, "item": input }),
+        json!({ "type": "response.completed", "response": { "id": "r", "status": "completed", "output": [input] } }),
+    ];
+    let streamed = |events: &[Value], end: &str| {
+        let data: String = events.iter().map(|one| event(one.clone())).collect();
+        let headers = [("content-type", "text/event-stream")];
+        answer(200, &headers, &format!("{data}{end}"))
+    };
+    let upstream = Scripted::by_target(&[
+        ("/v1/chat", streamed(&chat_events, "data: [DONE]\n\n")),
+        ("/v1/responses", streamed(&response_events, "")),
+    ])
+    .await;
+    let settings = "{ output: [{ mask: [codes] }, { deny: [codes], texts: [tools] }] }";
+    let gateway = Gateway::start(&with_policy(settings, &one_upstream(&upstream.url()))).await;
+    let chat = say(&gateway, user("hi"), json!({ "stream": true })).await;
+    let said: String = chat
+        .events()
+        .iter()
+        .filter_map(|event| serde_json::from_str::<Value>(event).ok())
+        .filter_map(|event| {
+            let text = &event["choices"][0]["delta"]["audio"]["transcript"];
+            Some(text.as_str()?.to_owned())
+        })
+        .collect();
+    assert_eq!(said, "the ***** and a co", "{}", chat.text());
+    assert_eq!(told(&chat).1, ["stop"]);
+
+    let body = br#"{"model":"m","input":"hi","stream":true}"#;
+    let answer = post(gateway.addr, "/v1/responses", &[], body).await;
+    assert!(!answer.text().contains("codes"), "{}", answer.text());
+    assert!(answer.text().contains("hidden *****"), "{}", answer.text());
+    assert!(answer.text().contains("of *****"), "{}", answer.text());
+    let events = answer.events();
+    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+    assert_eq!(last["type"], "response.incomplete", "{}", answer.text());
 }
 
 #[tokio::test]

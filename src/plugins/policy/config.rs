@@ -238,9 +238,11 @@ pub(super) struct PromptConfig {
     pub(super) prepend: Option<String>,
     /// What `replace` puts in, as it is written here.
     pub(super) with: String,
-    /// Whose texts are looked at.
+    /// Whose texts are looked at; without it, everybody's and the definitions of
+    /// tools by `deny`, those of system and user by the others. Definitions can
+    /// only be denied.
     #[schemars(length(min = 1))]
-    pub(super) roles: Vec<Role>,
+    pub(super) roles: Option<Vec<Role>>,
     /// The status of a refusal.
     #[schemars(range(min = 400, max = 403))]
     pub(super) status: u16,
@@ -261,7 +263,7 @@ impl Default for PromptConfig {
             mask: None,
             prepend: None,
             with: String::new(),
-            roles: vec![Role::System, Role::User],
+            roles: None,
             status: 400,
             code: "content_policy_violation".to_owned(),
             message: "this prompt is against the rules of this service".to_owned(),

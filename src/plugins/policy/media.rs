@@ -14,7 +14,7 @@ use super::{Hits, config::MediaConfig, text::plain};
 use crate::{
     context::Pattern,
     error::{Error, Result},
-    openai::{ApiRequest, cursor::Cursor, json},
+    openai::{ApiRequest, Endpoint, cursor::Cursor, json},
 };
 
 /// The members that may hold prompts.
@@ -36,6 +36,32 @@ const ADDRESSES: [&str; 6] = [
     "input_audio",
     "server_url",
 ];
+/// What holds the bytes of a file or an address, as a server likes; not in the
+/// definitions of tools, where anything may have such a name.
+const FILES: [&str; 4] = ["image", "images", "video", "audio"];
+/// The members of a part that are texts, and may be about any address.
+const TEXTS: [&str; 18] = [
+    "annotations",
+    "arguments",
+    "citations",
+    "context",
+    "id",
+    "input_text",
+    "name",
+    "output_text",
+    "query",
+    "quote",
+    "reasoning",
+    "refusal",
+    "signature",
+    "summary",
+    "text",
+    "thinking",
+    "title",
+    "transcript",
+];
+/// The fewest letters that are taken for the bytes of a file.
+const BYTES_MIN: usize = 64;
 /// Tensors in place of a picture: what a server makes of them is its own code.
 const TENSORS: [&str; 4] = [
     "image_embeds",
@@ -45,6 +71,50 @@ const TENSORS: [&str; 4] = [
 ];
 /// The deepest nesting that is looked at; bodies are refused far before.
 const DEPTH_MAX: usize = 256;
+
+/// What a value is, by where it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// Anything of a prompt.
+    Prompt,
+    /// The definition of a tool.
+    Tools,
+    /// A list of parts; a string is a text.
+    Parts,
+    /// A part: what looks like an address is one.
+    Part,
+    /// A text of a part.
+    Text,
+    /// An address, or holds one under `url`.
+    Address,
+    /// One of [`FILES`].
+    File,
+}
+
+impl At {
+    /// Returns what a member of an object here is.
+    fn inside(self, key: &str) -> Self {
+        match key {
+            _ if ADDRESSES.contains(&key) => Self::Address,
+            "url" if matches!(self, Self::Address | Self::File) => Self::Address,
+            _ if self == Self::Tools => Self::Tools,
+            _ if FILES.contains(&key) && self != Self::Text => Self::File,
+            "content" | "output" => Self::Parts,
+            _ if self == Self::Prompt => Self::Prompt,
+            _ if self == Self::Text || TEXTS.contains(&key) => Self::Text,
+            _ => Self::Part,
+        }
+    }
+
+    /// Returns what an item of a list here is.
+    fn item(self, is_object: bool) -> Self {
+        match self {
+            Self::Parts if is_object => Self::Part,
+            Self::Parts => Self::Text,
+            other => other,
+        }
+    }
+}
 
 /// The rules about addresses.
 pub(super) struct Media {
@@ -74,7 +144,12 @@ impl Media {
                 continue;
             };
             let mut cursor = Cursor::new(value);
-            self.walk(&mut cursor, false, 0).map_err(|error| {
+            let at = match (key, request.endpoint) {
+                ("tools", _) => At::Tools,
+                ("input", Endpoint::Embeddings | Endpoint::Moderations) => At::Parts,
+                _ => At::Prompt,
+            };
+            self.walk(&mut cursor, at, 0).map_err(|error| {
                 hits.note("media", error.code.as_deref().unwrap_or(""), 1);
                 error.param(key)
             })?;
@@ -82,32 +157,35 @@ impl Media {
         Ok(())
     }
 
-    fn walk(&self, cursor: &mut Cursor<'_>, is_address: bool, depth: usize) -> Result<()> {
+    fn walk(&self, cursor: &mut Cursor<'_>, at: At, depth: usize) -> Result<()> {
         match cursor.peek() {
             _ if depth > DEPTH_MAX => Err(not_allowed("the prompt is nested too deeply")),
             Some(b'"') => {
                 let text = cursor.skip().unwrap_or_default();
-                match is_address {
-                    true => self.check_address(text),
-                    false => Ok(()),
+                match at {
+                    At::Address => self.check_address(text),
+                    At::File => self.check_file(text),
+                    At::Part if is_address(text) => self.check_address(text),
+                    _ => Ok(()),
                 }
             }
             Some(b'[') => {
                 cursor.enter_array();
                 while cursor.item() {
-                    self.walk(cursor, is_address, depth + 1)?;
+                    let is_object = cursor.peek() == Some(b'{');
+                    self.walk(cursor, at.item(is_object), depth + 1)?;
                 }
                 Ok(())
             }
             Some(b'{') => {
+                let at = at.item(true);
                 cursor.enter_object();
                 while let Some(key) = cursor.key() {
                     let key = plain(key);
                     if TENSORS.contains(&&*key) {
                         return Err(not_allowed("tensors are not accepted here"));
                     }
-                    let named = ADDRESSES.contains(&&*key) || is_address && key == "url";
-                    self.walk(cursor, named, depth + 1)?;
+                    self.walk(cursor, at.inside(&key), depth + 1)?;
                 }
                 Ok(())
             }
@@ -118,20 +196,36 @@ impl Media {
         }
     }
 
-    fn check_address(&self, quoted: &[u8]) -> Result<()> {
-        // What readers of URLs skip in front of one.
+    /// Checks what may be an address, or the bytes themselves.
+    fn check_file(&self, quoted: &[u8]) -> Result<()> {
+        if is_address(quoted) {
+            return self.check_address(quoted);
+        }
         let text = json::text(quoted).unwrap_or_default();
-        let text = text.trim_matches(|c: char| c.is_whitespace() || c.is_control());
+        let is_byte = |byte: &u8| {
+            byte.is_ascii_alphanumeric() || b"+/=-_".contains(byte) || byte.is_ascii_whitespace()
+        };
+        if text.len() < BYTES_MIN || !text.as_bytes().iter().all(is_byte) {
+            return Err(not_allowed("only data: URLs are accepted here"));
+        }
+        self.check_size(&text)
+    }
+
+    fn check_size(&self, text: &str) -> Result<()> {
+        if text.len() <= self.data_max {
+            return Ok(());
+        }
+        let message = format!("a data URL has more than {} bytes", self.data_max);
+        let status = StatusCode::PAYLOAD_TOO_LARGE;
+        Err(Error::refused(status, "media_too_large", message))
+    }
+
+    fn check_address(&self, quoted: &[u8]) -> Result<()> {
+        let text = json::text(quoted).unwrap_or_default();
+        let text = trimmed(&text);
         let scheme = text.get(..5).unwrap_or_default();
         if scheme.eq_ignore_ascii_case("data:") {
-            return match text.len() > self.data_max {
-                true => Err(Error::refused(
-                    StatusCode::PAYLOAD_TOO_LARGE,
-                    "media_too_large",
-                    format!("a data URL has more than {} bytes", self.data_max),
-                )),
-                false => Ok(()),
-            };
+            return self.check_size(text);
         }
         let Ok(url) = Url::parse(text) else {
             return Err(not_allowed("only data: URLs are accepted here"));
@@ -159,6 +253,26 @@ impl Media {
             None => !inside && pattern.matches(name),
         })
     }
+}
+
+/// Takes away what readers of URLs skip around one.
+fn trimmed(text: &str) -> &str {
+    text.trim_matches(|c: char| c.is_whitespace() || c.is_control())
+}
+
+/// Says whether a string looks like an address.
+fn is_address(quoted: &[u8]) -> bool {
+    let text = json::text(quoted).unwrap_or_default();
+    let start: String = trimmed(&text).chars().take(32).collect();
+    let start = start.to_ascii_lowercase();
+    // What readers of URLs take out of one.
+    let start: String = start.chars().filter(|c| !c.is_ascii_control()).collect();
+    let named = |scheme: &&str| start.starts_with(*scheme);
+    ["http:", "https:", "file:", "data:"].iter().any(named)
+        || start.split_once("://").is_some_and(|(scheme, _)| {
+            let is_letter = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+            !scheme.is_empty() && scheme.chars().all(is_letter)
+        })
 }
 
 fn not_allowed(message: &'static str) -> Error {
@@ -215,6 +329,9 @@ mod tests {
             format!(r#"{{"type":"input_image","image_url":{url}}}"#),
             format!(r#"{{"type":"video_url","Video_\u0075rl":{{"\u0055rl":{url}}}}}"#),
             format!(r#"{{"type":"input_file","file_url":{url}}}"#),
+            format!(r#"{{"type":"image","image":{url}}}"#),
+            format!(r#"{{"images":[{url}]}}"#),
+            format!(r#"{{"type":"audio","audio":{{"url":{url}}}}}"#),
         ];
         let mut last = Ok(());
         for (nth, part) in bodies.iter().enumerate() {
@@ -251,6 +368,78 @@ mod tests {
                 "{url}"
             );
         }
+    }
+
+    fn checked(endpoint: Endpoint, body: &str) -> Option<String> {
+        let media = Media::new(MediaConfig {
+            hosts: Vec::new(),
+            data_url: Size(300),
+        });
+        let request = ApiRequest::parse(endpoint, body.to_owned().into(), 64).unwrap();
+        let came = media.check(&request, &Hits::default());
+        came.err().map(|error| error.code.unwrap().into_owned())
+    }
+
+    #[test]
+    fn what_looks_like_an_address_in_a_part_is_one() {
+        let refused = Some("media_not_allowed".to_owned());
+        let bytes = "/9j/4AAQ".repeat(16);
+        for (part, came) in [
+            (
+                r#"{"type":"new","source":{"type":"url","where":"http://10.0.0.1/a"}}"#,
+                &refused,
+            ),
+            (
+                r#"{"type":"file","file":{"file_data":" HTTPS:\\example.org"}}"#,
+                &refused,
+            ),
+            (
+                r#"{"type":"file","file":{"file_data":"h\tttp://example.org"}}"#,
+                &refused,
+            ),
+            (r#"{"type":"new","a":["gopher://a.b"]}"#, &refused),
+            (r#"{"type":"image","image":"/etc/passwd"}"#, &refused),
+            (r#"{"type":"image","image":"FILE:/etc/passwd"}"#, &refused),
+            (&format!(r#"{{"image":"{bytes}"}}"#), &None),
+            (
+                &format!(r#"{{"image":"{}"}}"#, bytes.repeat(3)),
+                &Some("media_too_large".to_owned()),
+            ),
+            (r#"{"type":"text","text":"https://example.org"}"#, &None),
+            (
+                r#"{"type":"output_text","text":"a","annotations":[{"url":"https://a.b","title":"t"}]}"#,
+                &None,
+            ),
+            (
+                r#"{"type":"input_audio","input_audio":{"data":"AAAA","format":"wav"}}"#,
+                &None,
+            ),
+            (r#""https://example.org""#, &None),
+        ] {
+            let chat =
+                format!(r#"{{"model":"m","messages":[{{"role":"user","content":[{part}]}}]}}"#);
+            assert_eq!(checked(Endpoint::ChatCompletions, &chat), *came, "{part}");
+            let items =
+                format!(r#"{{"model":"m","input":[{{"role":"user","content":[{part}]}}]}}"#);
+            assert_eq!(checked(Endpoint::Responses, &items), *came, "{part}");
+            let embed = format!(r#"{{"model":"m","input":[{part}]}}"#);
+            assert_eq!(checked(Endpoint::Embeddings, &embed), *came, "{part}");
+        }
+    }
+
+    #[test]
+    fn what_is_only_told_of_addresses_goes_through() {
+        for body in [
+            r#"{"model":"m","messages":[{"role":"assistant","audio":{"id":"audio_1"},"annotations":[{"url":"https://a.b"}]},{"role":"user","name":"https://a.b","content":"https://a.b"}]}"#,
+            r#"{"model":"m","messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"https://a.b"}}]},{"role":"tool","content":"https://a.b"}]}"#,
+            r#"{"model":"m","messages":[{}],"tools":[{"function":{"parameters":{"properties":{"image":{"type":"string"}},"examples":[{"image":"a.png","audio":"http://a.b"}]}}}]}"#,
+        ] {
+            assert_eq!(checked(Endpoint::ChatCompletions, body), None, "{body}");
+        }
+        let items = r#"{"model":"m","input":[{"type":"web_search_call","action":{"type":"open_page","url":"https://a.b"}},{"type":"function_call_output","output":"https://a.b"}]}"#;
+        assert_eq!(checked(Endpoint::Responses, items), None);
+        let texts = r#"{"model":"m","input":["https://a.b"]}"#;
+        assert_eq!(checked(Endpoint::Embeddings, texts), None);
     }
 
     #[test]

@@ -43,6 +43,7 @@ use self::{
     parameters::Parameters,
     prompt::{PromptRule, Refusal},
     rule::{Action, Rule},
+    text::Role,
 };
 use super::{Build, ConfigError, Configure, Flow, OnFailure, Pass, Plugin, Wants};
 use crate::{
@@ -353,9 +354,18 @@ fn prompt_rule(
         config.mask,
         config.with,
     )?;
+    let by_default = || match rule.action {
+        Action::Deny => Role::ALL.to_vec(),
+        _ => vec![Role::System, Role::User],
+    };
+    let roles = config.roles.unwrap_or_else(by_default);
+    if rule.action != Action::Deny && roles.contains(&Role::Definitions) {
+        let message = "expected system, user, assistant or tool: definitions can only be denied";
+        return Err(wrong(&format!("{path}.roles"), message));
+    }
     Ok(PromptRule::Texts {
         rule: Box::new(rule),
-        roles: config.roles,
+        roles,
         refusal: Refusal {
             status,
             code: config.code,

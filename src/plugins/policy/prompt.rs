@@ -3,7 +3,8 @@
 //!
 //! They read the decoded texts of messages and prompts, never the JSON around
 //! them; a text that changes is written anew as a string, and every other byte
-//! of the request stays.
+//! of the request stays. What denies reads more: the texts of a message as one,
+//! names, what calls were given, and definitions.
 
 use std::borrow::Cow;
 
@@ -11,8 +12,8 @@ use http::StatusCode;
 
 use super::{
     Hits,
-    rule::Rule,
-    text::{self, Piece, Role, Shape, pieces, plain, quoted, spliced, take},
+    rule::{Action, Rule},
+    text::{self, Aside, Piece, Role, Shape, asides, pieces, plain, quoted, spliced, take},
 };
 use crate::{
     error::{Error, Result},
@@ -51,6 +52,14 @@ impl Refusal {
     }
 }
 
+/// A member of the request that a model reads.
+struct Member {
+    key: &'static str,
+    texts: Vec<Text>,
+    /// Read by what denies.
+    asides: Vec<Aside>,
+}
+
 /// A text of the request, as it is by now.
 struct Text {
     piece: Piece,
@@ -73,10 +82,21 @@ pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits)
         let message = "`prompt` must be text: token ids are not accepted here";
         return Err(Error::invalid("unsupported_value", message).param("prompt"));
     }
-    let mut all: Vec<(&'static str, Vec<Text>)> = Vec::new();
+    let denies = |rule: &PromptRule| matches!(rule, PromptRule::Texts { rule, .. } if rule.action == Action::Deny);
+    let denies = rules.iter().any(denies);
+    let mut all = Vec::new();
     for &(key, shape) in text::members(request.endpoint) {
         if let Some(value) = request.get(key) {
-            all.push((key, texts(value, shape)));
+            let found = pieces(value, shape);
+            let asides = match denies {
+                true => asides(value, shape, &found),
+                false => Vec::new(),
+            };
+            all.push(Member {
+                key,
+                texts: texts(value, found),
+                asides,
+            });
         }
     }
     let mut before: Vec<&str> = Vec::new();
@@ -91,16 +111,21 @@ pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits)
                 roles,
                 refusal,
             } => {
-                for (key, texts) in &mut all {
-                    for text in texts
+                for member in &mut all {
+                    if rule.action == Action::Deny {
+                        if member.has(rule, roles) {
+                            hits.note("prompt", &rule.name, 1);
+                            return Err(refusal.error().param(member.key));
+                        }
+                        continue;
+                    }
+                    for text in member
+                        .texts
                         .iter_mut()
                         .filter(|text| roles.contains(&text.piece.role))
                     {
                         let passed = rule.apply(&text.text);
                         hits.note("prompt", &rule.name, passed.hits);
-                        if passed.denied {
-                            return Err(refusal.error().param(*key));
-                        }
                         if passed.hits > 0 {
                             text.changed |= passed.text != text.text;
                             text.text = passed.text;
@@ -111,7 +136,7 @@ pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits)
         }
     }
     let mut edits = Vec::new();
-    for (key, texts) in all {
+    for Member { key, texts, .. } in all {
         let changes: Vec<_> = texts
             .into_iter()
             .filter(|text| text.changed)
@@ -129,8 +154,35 @@ pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits)
     prepend(request, &before.join("\n\n"))
 }
 
-fn texts(value: &[u8], shape: Shape) -> Vec<Text> {
-    let found = pieces(value, shape).into_iter();
+impl Member {
+    /// Says whether a rule finds anything in what has these roles.
+    fn has(&self, rule: &Rule, roles: &[Role]) -> bool {
+        let finds = |text: &str| rule.matcher.find(text, 0).is_some();
+        let mut asides = self.asides.iter();
+        if asides.any(|aside| roles.contains(&aside.role) && finds(&aside.text)) {
+            return true;
+        }
+        // A template joins the texts of a message, some with a line's end.
+        let messages = self
+            .texts
+            .chunk_by(|one, other| one.piece.message == other.piece.message);
+        for message in messages {
+            let texts = message
+                .iter()
+                .filter(|text| roles.contains(&text.piece.role));
+            let texts: Vec<&str> = texts.map(|text| &*text.text).collect();
+            if texts.iter().any(|text| finds(text))
+                || texts.len() > 1 && (finds(&texts.concat()) || finds(&texts.join("\n")))
+            {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+fn texts(value: &[u8], found: Vec<Piece>) -> Vec<Text> {
+    let found = found.into_iter();
     let read = |piece: Piece| {
         let text = json::text(value.get(piece.place.clone())?)?.into_owned();
         Some(Text {
@@ -153,7 +205,8 @@ fn prepend(request: &mut ApiRequest, text: &str) -> Result<()> {
         }
         Endpoint::Completions if request.get("messages").is_none() => {
             let value = request.get("prompt").unwrap_or_default();
-            let found = texts(value, Shape::Plain(Role::User)).into_iter();
+            let found = pieces(value, Shape::Plain(Role::User));
+            let found = texts(value, found).into_iter();
             let changes: Vec<_> = found
                 .map(|old| (old.piece.place, joined(&old.text)))
                 .collect();

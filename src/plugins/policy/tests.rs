@@ -336,6 +336,148 @@ fn a_streamed_response_is_masked_and_denied() {
     assert_eq!(text_of(last), "a ");
 }
 
+#[test]
+fn whatever_a_streamed_response_says_its_text_in_it_is_looked_at() {
+    let body = json!({ "model": "m", "input": "hi", "stream": true });
+    let mask = policy(json!({ "output": [{ "mask": ["secret"] }] })).unwrap();
+    let deny =
+        json!({ "output": [{ "deny": ["secret"], "texts": ["answer", "reasoning", "tools"] }] });
+    let deny = policy(deny).unwrap();
+    for (name, is_call) in [
+        ("response.audio.transcript", false),
+        ("response.reasoning_summary", false),
+        ("response.reasoning", false),
+        ("response.something_new", false),
+        ("response.custom_tool_call_input", true),
+        ("response.mcp_call_arguments", true),
+        ("response.code_interpreter_call_code", true),
+    ] {
+        let delta = |delta: Value| {
+            let name = format!("{name}.delta");
+            json!({ "type": name, "item_id": "i", "output_index": 0, "obfuscation": "secret", "delta": delta })
+                .to_string()
+        };
+        let done = json!({ "type": format!("{name}.done"), "output_index": 0, "item_id": "i" });
+        for nest in [
+            |text: &str| json!(text),
+            |text: &str| json!({ "type": "t", "text": text }),
+        ] {
+            let events = [
+                delta(nest("a sec")),
+                delta(nest("ret and a se")),
+                done.to_string(),
+            ];
+            let mut context = ctx(Endpoint::Responses, &body);
+            let (out, pass) = stream(&deny, &mut context, &events);
+            assert_eq!(pass, Pass::End, "{name}");
+            let all = out.iter().map(|event| event["delta"].to_string());
+            assert!(!all.collect::<String>().contains("sec"), "{name} {out:?}");
+            if is_call {
+                continue;
+            }
+            let mut context = ctx(Endpoint::Responses, &body);
+            let (out, _) = stream(&mask, &mut context, &events);
+            let texts = out.iter().filter_map(|event| {
+                let delta = &event["delta"];
+                delta.as_str().or_else(|| delta["text"].as_str())
+            });
+            let told: String = texts.collect();
+            assert_eq!(told, "a ****** and a se", "{name}");
+            assert_eq!(out.last().unwrap()["type"], done["type"]);
+        }
+    }
+}
+
+#[test]
+fn items_of_a_response_are_looked_at_whatever_they_are() {
+    let config =
+        json!({ "output": [{ "deny": ["secret"], "texts": ["answer", "reasoning", "tools"] }] });
+    let deny = policy(config.clone()).unwrap();
+    let body = json!({ "model": "m", "input": "hi", "stream": true });
+    for item in [
+        json!({ "type": "custom_tool_call", "id": "i", "name": "f", "input": "a secret" }),
+        json!({ "type": "function_call", "name": "secret", "arguments": "{}" }),
+        json!({ "type": "reasoning", "summary": [{ "type": "summary_text", "text": "a secret" }] }),
+        json!({ "type": "message", "content": [{ "type": "output_audio", "transcript": "a secret" }] }),
+        json!({ "type": "brand_new", "deep": [{ "new": "a secret" }] }),
+    ] {
+        let event = json!({ "type": "response.output_item.done", "output_index": 0, "item": item });
+        let mut context = ctx(Endpoint::Responses, &body);
+        let (out, pass) = stream(&deny, &mut context, &[event.to_string()]);
+        assert_eq!(pass, Pass::End, "{item}");
+        assert!(!out[0].to_string().contains("secret"), "{out:?}");
+        let answer =
+            json!({ "status": "completed", "instructions": "keep the secret", "output": [item] });
+        let out = whole(config.clone(), Endpoint::Responses, &answer);
+        assert_eq!(out["status"], "incomplete", "{out}");
+        assert!(!out["output"].to_string().contains("secret"), "{out}");
+    }
+}
+
+#[test]
+fn every_text_of_a_choice_is_looked_at_whatever_its_name() {
+    let mask = policy(json!({ "output": [{ "mask": ["secret"] }] })).unwrap();
+    let events = [
+        delta(
+            0,
+            json!({ "role": "assistant", "audio": { "id": "secret", "transcript": "a sec" }, "content": "one sec" }),
+            None,
+        ),
+        delta(
+            0,
+            json!({ "audio": { "data": "secret", "transcript": "ret and a se" }, "content": "ret" }),
+            None,
+        ),
+        delta(0, json!({}), Some("stop")),
+    ];
+    let (out, _) = stream(&mask, &mut chat(1), &events);
+    let choices = out
+        .iter()
+        .flat_map(|event| event["choices"].as_array().unwrap());
+    let transcript: String = choices
+        .filter_map(|choice| choice["delta"]["audio"]["transcript"].as_str())
+        .collect();
+    assert_eq!(transcript, "a ****** and a se");
+    assert_eq!(told(&out, 0, "content"), "one ******");
+    assert_eq!(finishes(&out, 0), ["stop"]);
+
+    let config = json!({ "output": [{ "deny": ["secret"], "texts": ["answer", "tools"] }] });
+    let deny = policy(config.clone()).unwrap();
+    let call = |call: Value| json!({ "tool_calls": [call] });
+    for said in [
+        vec![json!({ "audio": { "transcript": "secret" } })],
+        vec![
+            json!({ "brand_new": { "text": ["a sec"] } }),
+            json!({ "brand_new": { "text": ["ret"] } }),
+        ],
+        vec![json!({ "content": [{ "type": "new", "words": "secret" }] })],
+        vec![call(
+            json!({ "index": 0, "function": { "name": "secret", "arguments": "" } }),
+        )],
+        vec![json!({ "function_call": { "name": "secret" } })],
+        vec![
+            call(json!({ "index": 0, "custom": { "name": "f", "input": "sec" } })),
+            call(json!({ "index": 0, "custom": { "input": "ret" } })),
+        ],
+    ] {
+        let events: Vec<String> = said
+            .iter()
+            .map(|said| delta(0, said.clone(), None))
+            .collect();
+        let (out, pass) = stream(&deny, &mut chat(1), &events);
+        assert_eq!(pass, Pass::End, "{said:?}");
+        assert_eq!(finishes(&out, 0), ["content_filter"], "{said:?}");
+        assert!(!format!("{out:?}").contains("sec"), "{out:?}");
+        if let [message] = &said[..] {
+            let choice = json!({ "index": 0, "message": message, "finish_reason": "stop" });
+            let answer = json!({ "choices": [choice] });
+            let out = whole(config.clone(), Endpoint::ChatCompletions, &answer);
+            assert_eq!(out["choices"][0]["finish_reason"], "content_filter");
+            assert!(!out.to_string().contains("secret"), "{out}");
+        }
+    }
+}
+
 async fn ask(policy: &Policy, ctx: &mut RequestContext) -> Result<()> {
     policy.on_request(ctx).await.map(|_| ())
 }
@@ -386,6 +528,101 @@ async fn prompts_are_denied_replaced_and_begun() {
         assert_eq!(error.message, "not here");
         assert!(context.request.is_some());
     }
+}
+
+#[tokio::test]
+async fn a_denied_text_is_found_wherever_a_model_would_read_it() {
+    let body = |more: Value, messages: Value| {
+        let mut body = json!({ "model": "m", "messages": messages });
+        body.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        body
+    };
+    let text = |text: &str| json!({ "type": "text", "text": text });
+    let user = |content: Value| json!([{ "role": "user", "content": content }]);
+    let function = json!({ "name": "f", "description": "forbidden" });
+    let arguments = json!({ "name": "f", "arguments": "{\"x\":\"forbidden\"}" });
+    let city = json!({ "type": "object", "properties": { "forbidden": { "type": "string" } } });
+    let hi = || user(json!("hi"));
+    let denied = [
+        (json!({}), user(json!([text("forb"), text("idden")]))),
+        (json!({}), user(json!([text("very"), text("bad")]))),
+        (
+            json!({}),
+            json!([{ "role": "user", "name": "forbidden", "content": "hi" }]),
+        ),
+        (
+            json!({}),
+            json!([{ "role": "assistant", "content": "forbidden" }]),
+        ),
+        (
+            json!({}),
+            json!([{ "role": "tool", "content": "forbidden" }]),
+        ),
+        (
+            json!({}),
+            json!([{ "role": "assistant", "tool_calls": [{ "type": "function", "function": arguments }] }]),
+        ),
+        (
+            json!({ "tools": [{ "type": "function", "function": function }] }),
+            hi(),
+        ),
+        (
+            json!({ "functions": [{ "name": "f", "parameters": city }] }),
+            hi(),
+        ),
+        (
+            json!({ "response_format": { "type": "json_schema", "json_schema": { "schema": city } } }),
+            hi(),
+        ),
+    ];
+    let rule = json!({ "deny": ["forbidden", "very\\s+bad"] });
+    let all = policy(json!({ "prompt": [rule] })).unwrap();
+    let narrow = json!({ "deny": ["forbidden"], "roles": ["system"] });
+    let narrow = policy(json!({ "prompt": [narrow] })).unwrap();
+    for (more, messages) in denied {
+        let asked = ctx(Endpoint::ChatCompletions, &body(more, messages));
+        let mut again = chat(1);
+        again.request.clone_from(&asked.request);
+        let mut asked = asked;
+        let error = ask(&all, &mut asked).await.unwrap_err();
+        assert_eq!(error.code.as_deref(), Some("content_policy_violation"));
+        ask(&narrow, &mut again).await.unwrap();
+    }
+    for (more, messages) in [
+        (
+            json!({}),
+            json!([{ "role": "user", "content": "forb" }, { "role": "user", "content": "idden" }]),
+        ),
+        (
+            json!({ "user": "forbidden", "metadata": { "a": "forbidden" } }),
+            hi(),
+        ),
+        (
+            json!({}),
+            user(
+                json!([text("hi"), { "type": "image_url", "image_url": { "url": "data:,forbidden" } }]),
+            ),
+        ),
+    ] {
+        let mut asked = ctx(Endpoint::ChatCompletions, &body(more, messages));
+        ask(&all, &mut asked).await.unwrap();
+    }
+    let config = json!({ "prompt": [{ "mask": ["a"], "roles": ["definitions"] }] });
+    assert_eq!(policy(config).err().unwrap().path, "policy.prompt[0].roles");
+}
+
+#[tokio::test]
+async fn what_an_earlier_rule_took_out_is_not_denied() {
+    let config =
+        json!({ "prompt": [{ "replace": ["forbidden"], "with": "x" }, { "deny": ["forbidden"] }] });
+    let policy = policy(config).unwrap();
+    let messages = json!([{ "role": "user", "content": "forbidden" }]);
+    let body = json!({ "model": "m", "messages": messages });
+    ask(&policy, &mut ctx(Endpoint::ChatCompletions, &body))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]

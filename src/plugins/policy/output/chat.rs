@@ -1,7 +1,7 @@
 //! The texts of chat and text completions: chunks of a stream, and choices of a
 //! whole answer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
@@ -9,6 +9,7 @@ use super::{
     read,
     texts::{Fed, Kind, Place, Rules, Texts},
     unreadable,
+    walk::{Step, is_label, nested, number_of, strings},
 };
 use crate::{
     error::Result,
@@ -18,6 +19,15 @@ use crate::{
 
 /// The names of what is said before the answer.
 const REASONING: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
+/// What a message that ends early keeps: the rest is of what nobody may know.
+const KEPT: [&str; 6] = [
+    "role",
+    "content",
+    "refusal",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+];
 /// Reasoning once more, in a form of its own.
 const DETAILS: &str = "reasoning_details";
 const FILTERED: &str = "content_filter";
@@ -27,11 +37,35 @@ const CHOICE_MAX: u64 = 1024;
 /// What is kept of a stream of chunks.
 pub(crate) struct ChatStream {
     texts: Texts,
+    /// The ways to the texts beside the answer, to put them back.
+    ways: BTreeMap<Place, Vec<Step>>,
     is_chat: bool,
     /// The choices that have not ended.
     open: BTreeSet<u64>,
     /// The first chunk without its choices: what ours are made of.
     head: Map<String, Value>,
+}
+
+/// A text of a choice, and what it is.
+struct Said<'a> {
+    kind: Kind,
+    /// Which call.
+    nth: u64,
+    /// The way to it from the message, where the kind does not say it.
+    way: &'a [Step],
+    /// Whether it comes in one piece.
+    is_whole: bool,
+}
+
+impl Said<'_> {
+    const fn of(kind: Kind, nth: u64) -> Said<'static> {
+        Said {
+            kind,
+            nth,
+            way: &[],
+            is_whole: false,
+        }
+    }
 }
 
 /// What a choice of a chunk has become.
@@ -46,6 +80,7 @@ impl ChatStream {
     pub(crate) fn new(endpoint: Endpoint, n: u32) -> Self {
         Self {
             texts: Texts::default(),
+            ways: BTreeMap::new(),
             is_chat: endpoint == Endpoint::ChatCompletions,
             open: (0..u64::from(n)).collect(),
             head: Map::new(),
@@ -121,12 +156,14 @@ impl ChatStream {
         let mut denied = None;
         let mut ended = Vec::new();
         let mut fail = None;
-        let texts = &mut self.texts;
-        each_text(choice, &mut |kind, nth, text| {
+        let (texts, ways) = (&mut self.texts, &mut self.ways);
+        each_text(choice, &mut |said, text| {
+            let kind = said.kind;
             let place = Place {
                 choice: index,
                 kind,
-                nth,
+                nth: said.nth,
+                way: number_of(said.way),
             };
             if denied.is_some() || fail.is_some() {
                 return;
@@ -141,7 +178,14 @@ impl ChatStream {
             if !rules.look_at(kind) {
                 return;
             }
-            match texts.feed(rules, hits, place, text, ends) {
+            let fed = match said.is_whole {
+                true => Ok(rules.apply(hits, kind, text)),
+                false => texts.feed(rules, hits, place, text, ends),
+            };
+            if kind == Kind::Aside && fed.is_ok() {
+                ways.entry(place).or_insert_with(|| said.way.to_vec());
+            }
+            match fed {
                 Err(error) => fail = Some(error),
                 Ok(Fed {
                     text: new,
@@ -207,7 +251,7 @@ impl ChatStream {
     fn put_text(&self, place: Place, text: &str, out: &mut Vec<Frame>) {
         let index = place.choice;
         let choice = match place.kind {
-            _ if !self.is_chat => {
+            Kind::Answer if !self.is_chat => {
                 json!({ "index": index, "text": text, "logprobs": null, "finish_reason": null })
             }
             kind => {
@@ -215,6 +259,14 @@ impl ChatStream {
                     Kind::Answer => json!({ "content": text }),
                     Kind::Refusal => json!({ "refusal": text }),
                     Kind::Reasoning(name) => json!({ name: text }),
+                    Kind::Aside => match self.ways.get(&place) {
+                        Some(way) => nested(way, text),
+                        None => json!({}),
+                    },
+                    Kind::Input => {
+                        let custom = json!({ "input": text });
+                        json!({ "tool_calls": [{ "index": place.nth, "custom": custom }] })
+                    }
                     Kind::Tool => {
                         let function = json!({ "arguments": text });
                         json!({ "tool_calls": [{ "index": place.nth, "function": function }] })
@@ -260,7 +312,8 @@ pub(crate) fn whole_chat(rules: &Rules, hits: &Hits, answer: &mut Value) -> Resu
     for choice in choices {
         let mut altered = false;
         let mut denied = None;
-        each_text(choice, &mut |kind, _, text| {
+        each_text(choice, &mut |said, text| {
+            let kind = said.kind;
             if denied.is_some() {
                 // Nothing is said behind the end.
                 text.clear();
@@ -281,9 +334,7 @@ pub(crate) fn whole_chat(rules: &Rules, hits: &Hits, answer: &mut Value) -> Resu
             choice.insert("finish_reason".to_owned(), json!(FILTERED));
             if let Some(Value::Object(message)) = choice.get_mut("message") {
                 // A call that nobody may know of, or half of one, is none.
-                for key in ["tool_calls", "function_call", "audio", DETAILS] {
-                    message.shift_remove(key);
-                }
+                message.retain(|key, _| KEPT.contains(&key.as_str()));
             }
         }
         if altered {
@@ -294,10 +345,11 @@ pub(crate) fn whole_chat(rules: &Rules, hits: &Hits, answer: &mut Value) -> Resu
     Ok(changed)
 }
 
-/// Shows every text of a choice, in the order in which they are said.
-fn each_text(choice: &mut Value, see: &mut dyn FnMut(Kind, u64, &mut String)) {
+/// Shows every text of a choice, in the order in which they are said; what has
+/// a name that is not known here is behind the others.
+fn each_text(choice: &mut Value, see: &mut dyn FnMut(Said<'_>, &mut String)) {
     if let Some(Value::String(text)) = choice.get_mut("text") {
-        see(Kind::Answer, 0, text);
+        see(Said::of(Kind::Answer, 0), text);
     }
     for place in ["delta", "message"] {
         let Some(Value::Object(said)) = choice.get_mut(place) else {
@@ -308,19 +360,35 @@ fn each_text(choice: &mut Value, see: &mut dyn FnMut(Kind, u64, &mut String)) {
                 inside(value, Kind::Reasoning(name), see);
             }
         }
-        if let Some(value) = said.get_mut("content") {
-            inside(value, Kind::Answer, see);
-        }
-        if let Some(value) = said.get_mut("refusal") {
-            inside(value, Kind::Refusal, see);
+        for (name, kind) in [("content", Kind::Answer), ("refusal", Kind::Refusal)] {
+            if let Some(value) = said.get_mut(name) {
+                inside(value, kind, see);
+            }
         }
         if let Some(call) = said.get_mut("function_call") {
-            arguments(Some(call), 0, see);
+            parts_of_call(call, "arguments", Kind::Tool, 0, see);
         }
         if let Some(Value::Array(calls)) = said.get_mut("tool_calls") {
             for (at, call) in (0_u64..).zip(calls) {
                 let nth = call.get("index").and_then(Value::as_u64).unwrap_or(at);
-                arguments(call.get_mut("function"), nth.min(CHOICE_MAX), see);
+                each_of_call(call, nth.min(CHOICE_MAX), see);
+            }
+        }
+        for (name, value) in said.iter_mut() {
+            let known = REASONING.contains(&name.as_str())
+                || matches!(
+                    &**name,
+                    "content" | "refusal" | "function_call" | "tool_calls" | DETAILS
+                );
+            if !known && !is_label(name) {
+                let mut way = vec![Step::Member(name.clone())];
+                strings(value, &mut way, &mut |way, text| {
+                    let said = Said {
+                        way,
+                        ..Said::of(Kind::Aside, 0)
+                    };
+                    see(said, text);
+                });
             }
         }
     }
@@ -328,25 +396,70 @@ fn each_text(choice: &mut Value, see: &mut dyn FnMut(Kind, u64, &mut String)) {
 
 /// Shows a text, or the texts of a list of parts: some servers write their
 /// reasoning as parts of the content.
-fn inside(value: &mut Value, kind: Kind, see: &mut dyn FnMut(Kind, u64, &mut String)) {
+fn inside(value: &mut Value, kind: Kind, see: &mut dyn FnMut(Said<'_>, &mut String)) {
     match value {
-        Value::String(text) => see(kind, 0, text),
+        Value::String(text) => see(Said::of(kind, 0), text),
         Value::Array(parts) => parts.iter_mut().for_each(|part| inside(part, kind, see)),
         Value::Object(part) => {
-            if let Some(thought) = part.get_mut("thinking") {
-                inside(thought, Kind::Reasoning("thinking"), see);
-            }
-            if let Some(text) = part.get_mut("text") {
-                inside(text, kind, see);
+            for (name, value) in part.iter_mut() {
+                match &**name {
+                    "thinking" => inside(value, Kind::Reasoning("thinking"), see),
+                    "text" => inside(value, kind, see),
+                    _ if is_label(name) => {}
+                    _ => strings(value, &mut Vec::new(), &mut |_, text| {
+                        see(whole(kind, 0), text);
+                    }),
+                }
             }
         }
         _ => {}
     }
 }
 
-fn arguments(function: Option<&mut Value>, nth: u64, see: &mut dyn FnMut(Kind, u64, &mut String)) {
-    if let Some(Value::String(text)) = function.and_then(|function| function.get_mut("arguments")) {
-        see(Kind::Tool, nth, text);
+/// Shows the texts of a call.
+fn each_of_call(call: &mut Value, nth: u64, see: &mut dyn FnMut(Said<'_>, &mut String)) {
+    let Value::Object(members) = call else {
+        return;
+    };
+    for (name, value) in members.iter_mut() {
+        match &**name {
+            "function" => parts_of_call(value, "arguments", Kind::Tool, nth, see),
+            "custom" => parts_of_call(value, "input", Kind::Input, nth, see),
+            _ if is_label(name) => {}
+            _ => strings(value, &mut Vec::new(), &mut |_, text| {
+                see(whole(Kind::Tool, nth), text);
+            }),
+        }
+    }
+}
+
+/// Shows what a call is given, which comes in pieces under `given`, and its name
+/// and what else there is of it.
+fn parts_of_call(
+    call: &mut Value,
+    given: &str,
+    kind: Kind,
+    nth: u64,
+    see: &mut dyn FnMut(Said<'_>, &mut String),
+) {
+    let Value::Object(members) = call else {
+        return;
+    };
+    for (name, value) in members.iter_mut() {
+        match value {
+            Value::String(text) if name == given => see(Said::of(kind, nth), text),
+            _ if is_label(name) => {}
+            value => strings(value, &mut Vec::new(), &mut |_, text| {
+                see(whole(kind, nth), text);
+            }),
+        }
+    }
+}
+
+const fn whole(kind: Kind, nth: u64) -> Said<'static> {
+    Said {
+        is_whole: true,
+        ..Said::of(kind, nth)
     }
 }
 

@@ -2,12 +2,14 @@
 //! replaced or masked in it.
 //!
 //! `texts` runs the rules over the texts of one answer, `chat` finds these in
-//! chunks and choices, `responses` in OpenAI's responses. An event in which
-//! nothing changes goes on as the bytes it came in.
+//! chunks and choices, `responses` in OpenAI's responses; `walk` finds what none
+//! of them knows by its name. An event in which nothing changes goes on as the
+//! bytes it came in.
 
 mod chat;
 mod responses;
 mod texts;
+mod walk;
 
 use bytes::Bytes;
 use http::StatusCode;

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::{
     read,
     texts::{Fed, Kind, Place, Rules, Texts},
+    walk::{Step, is_label, nested, number_of, strings},
 };
 use crate::{
     error::Result,
@@ -28,8 +29,9 @@ const KEPT_MAX: usize = 4096;
 #[derive(Default)]
 pub(crate) struct ResponseStream {
     texts: Texts,
-    /// The last delta of each text, for what is held back of it.
-    last: BTreeMap<Place, Value>,
+    /// The last delta of each text, and where it stood in it, for what is held
+    /// back of it.
+    last: BTreeMap<Place, (Value, Vec<Step>)>,
     /// The response as it was when it began.
     response: Option<Value>,
     /// What was let through of the answer.
@@ -52,7 +54,9 @@ impl ResponseStream {
             .and_then(Value::as_str)
             .unwrap_or_default();
         let name = name.to_owned();
-        if let Some(kind) = kind_of_delta(&name) {
+        // The bytes of a sound are no text; its transcript is one.
+        if name.ends_with(".delta") && !name.ends_with("audio.delta") {
+            let kind = kind_of_delta(&name);
             return self.delta(rules, hits, kind, event, value, out);
         }
         let ends_all = matches!(&*name, "response.completed" | "response.incomplete");
@@ -104,52 +108,80 @@ impl ResponseStream {
         mut value: Value,
         out: &mut Vec<Frame>,
     ) -> Result<Pass> {
-        let place = Place {
-            choice: number(&value, "output_index"),
-            kind,
-            nth: number(&value, "content_index") + number(&value, "summary_index"),
-        };
-        let Some(Value::String(text)) = value.get("delta") else {
+        let Some(mut delta) = value.get_mut("delta").map(Value::take) else {
             out.push(event.clone());
             return Ok(Pass::On);
         };
-        if !rules.look_at(kind) {
-            out.push(event.clone());
-            return Ok(Pass::On);
+        let (choice, nth) = (
+            number(&value, "output_index"),
+            number(&value, "content_index") + number(&value, "summary_index"),
+        );
+        let mut found = Vec::new();
+        let (mut changed, mut denied, mut says) = (false, false, false);
+        let mut fail = None;
+        let texts = &mut self.texts;
+        if rules.look_at(kind) {
+            strings(&mut delta, &mut Vec::new(), &mut |way, text| {
+                if denied || fail.is_some() {
+                    text.clear();
+                    return;
+                }
+                let place = Place {
+                    choice,
+                    kind,
+                    nth,
+                    way: number_of(way),
+                };
+                match texts.feed(rules, hits, place, text, false) {
+                    Err(error) => fail = Some(error),
+                    Ok(fed) => {
+                        changed |= fed.denied || fed.text != *text;
+                        denied |= fed.denied;
+                        says |= !fed.text.is_empty();
+                        *text = fed.text;
+                        found.push((place, way.to_vec()));
+                    }
+                }
+            });
         }
-        let Fed { text: new, denied } = self.texts.feed(rules, hits, place, text, false)?;
-        let is_same = !denied && new == *text;
-        if kind == Kind::Answer && self.said.len() + new.len() <= SAID_MAX {
-            self.said.push_str(&new);
+        if let Some(error) = fail {
+            return Err(error);
+        }
+        if let (Kind::Answer, Value::String(new)) = (kind, &delta)
+            && self.said.len() + new.len() <= SAID_MAX
+        {
+            self.said.push_str(new);
             self.item = value.get("item_id").cloned();
         }
-        if !is_same {
-            set(&mut value, "delta", json!(new));
-            forget_tokens(&mut value);
-        }
-        if is_same {
+        if !changed {
             out.push(event.clone());
-        } else if !new.is_empty() {
+        } else if says {
+            set(&mut value, "delta", delta);
+            forget_tokens(&mut value);
             out.push(event.replaced(value.to_string().as_bytes()));
         }
         if denied {
             self.put_denied(out);
             return Ok(Pass::End);
         }
-        if self.last.len() < KEPT_MAX || self.last.contains_key(&place) {
-            set(&mut value, "delta", Value::Null);
-            self.last.insert(place, value);
+        set(&mut value, "delta", Value::Null);
+        forget_tokens(&mut value);
+        for (place, way) in found {
+            if self.last.len() < KEPT_MAX || self.last.contains_key(&place) {
+                self.last.insert(place, (value.clone(), way));
+            }
         }
         Ok(Pass::On)
     }
 
     fn put_ended(&mut self, ended: Vec<(Place, Fed)>, out: &mut Vec<Frame>) -> Option<Pass> {
         for (place, fed) in ended {
-            if let (false, Some(mut value)) = (fed.text.is_empty(), self.last.remove(&place)) {
+            if let (false, Some((mut value, way))) = (fed.text.is_empty(), self.last.remove(&place))
+            {
                 if place.kind == Kind::Answer && self.said.len() + fed.text.len() <= SAID_MAX {
                     self.said.push_str(&fed.text);
                 }
-                set(&mut value, "delta", json!(fed.text));
+                set(&mut value, "delta", nested(&way, &fed.text));
                 let name = value
                     .get("type")
                     .and_then(Value::as_str)
@@ -212,6 +244,16 @@ pub(crate) fn whole_response(rules: &Rules, hits: &Hits, answer: &mut Value) -> 
         }
     }
     items.truncate(kept);
+    if let Some(Value::String(text)) = answer.get_mut("output_text")
+        && !denied
+        && rules.look_at(Kind::Answer)
+    {
+        // Each was counted where it stands first.
+        let fed = rules.apply(&Hits::default(), Kind::Answer, text);
+        changed |= fed.denied || fed.text != *text;
+        denied |= fed.denied;
+        *text = fed.text;
+    }
     if denied {
         // What stands here only is made of what stands there.
         if let Some(answer) = answer.as_object_mut() {
@@ -225,15 +267,27 @@ pub(crate) fn whole_response(rules: &Rules, hits: &Hits, answer: &mut Value) -> 
     Ok(changed)
 }
 
-fn kind_of_delta(name: &str) -> Option<Kind> {
-    Some(match name {
+/// Returns what an event's name says of its texts; what nobody knows is said
+/// beside the answer, and looked at like it.
+fn kind_of_delta(name: &str) -> Kind {
+    match name {
         "response.output_text.delta" => Kind::Answer,
         "response.refusal.delta" => Kind::Refusal,
-        "response.reasoning_text.delta" => Kind::Reasoning("text"),
-        "response.reasoning_summary_text.delta" => Kind::Reasoning("summary"),
-        "response.function_call_arguments.delta" => Kind::Tool,
-        _ => return None,
-    })
+        _ if name.contains("reasoning_summary") => Kind::Reasoning("summary"),
+        _ => kind_named(name, Kind::Aside),
+    }
+}
+
+/// Returns what the name of an event, or the type of an item or a part, says of
+/// the texts in it.
+fn kind_named(name: &str, otherwise: Kind) -> Kind {
+    if name.contains("reasoning") {
+        Kind::Reasoning("text")
+    } else if name.contains("call") || name.contains("tool") || name.contains("mcp") {
+        Kind::Tool
+    } else {
+        otherwise
+    }
 }
 
 /// Shows every text that an event repeats.
@@ -242,53 +296,62 @@ fn each_text(event: &mut Value, see: &mut dyn FnMut(Kind, &mut String)) {
         .get("type")
         .and_then(Value::as_str)
         .unwrap_or_default();
-    let kind = match name.contains("reasoning") {
-        true => Kind::Reasoning("text"),
-        false => Kind::Answer,
+    if name.ends_with("audio.delta") {
+        return;
+    }
+    let kind = kind_named(name, Kind::Answer);
+    let Some(members) = event.as_object_mut() else {
+        return;
     };
-    for key in ["text", "refusal"] {
-        if let Some(Value::String(text)) = event.get_mut(key) {
-            see(kind, text);
+    for (key, value) in members.iter_mut() {
+        match &**key {
+            "response" => each_of_response(value, see),
+            "item" => each_item_text(value, see),
+            "part" => part_text(value, kind, see),
+            _ if is_label(key) => {}
+            _ => all(value, kind, see),
         }
     }
-    if let Some(Value::String(text)) = event.get_mut("arguments") {
-        see(Kind::Tool, text);
-    }
-    if let Some(part) = event.get_mut("part") {
-        part_text(part, kind, see);
-    }
-    if let Some(item) = event.get_mut("item") {
-        each_item_text(item, see);
-    }
-    let output = event
-        .get_mut("response")
-        .and_then(|response| response.get_mut("output"));
-    if let Some(Value::Array(items)) = output {
+}
+
+/// Of a response only what came of it is the model's: it repeats the request too.
+fn each_of_response(response: &mut Value, see: &mut dyn FnMut(Kind, &mut String)) {
+    if let Some(Value::Array(items)) = response.get_mut("output") {
         items.iter_mut().for_each(|item| each_item_text(item, see));
+    }
+    if let Some(Value::String(text)) = response.get_mut("output_text") {
+        see(Kind::Answer, text);
     }
 }
 
 fn each_item_text(item: &mut Value, see: &mut dyn FnMut(Kind, &mut String)) {
-    let kind = match item.get("type").and_then(Value::as_str) {
-        Some("reasoning") => Kind::Reasoning("text"),
-        _ => Kind::Answer,
-    };
-    for key in ["summary", "content"] {
-        if let Some(Value::Array(parts)) = item.get_mut(key) {
-            parts.iter_mut().for_each(|part| part_text(part, kind, see));
-        }
+    let name = item.get("type").and_then(Value::as_str).unwrap_or_default();
+    if name == "image_generation_call" {
+        return; // a picture
     }
-    if let Some(Value::String(text)) = item.get_mut("arguments") {
-        see(Kind::Tool, text);
+    let kind = kind_named(name, Kind::Answer);
+    let Some(members) = item.as_object_mut() else {
+        return;
+    };
+    for (key, value) in members.iter_mut() {
+        match value {
+            Value::Array(parts) if matches!(&**key, "summary" | "content") => {
+                parts.iter_mut().for_each(|part| part_text(part, kind, see));
+            }
+            _ if is_label(key) => {}
+            value => all(value, kind, see),
+        }
     }
 }
 
 fn part_text(part: &mut Value, kind: Kind, see: &mut dyn FnMut(Kind, &mut String)) {
-    for key in ["text", "refusal"] {
-        if let Some(Value::String(text)) = part.get_mut(key) {
-            see(kind, text);
-        }
-    }
+    let name = part.get("type").and_then(Value::as_str).unwrap_or_default();
+    let kind = kind_named(name, kind);
+    all(part, kind, see);
+}
+
+fn all(value: &mut Value, kind: Kind, see: &mut dyn FnMut(Kind, &mut String)) {
+    strings(value, &mut Vec::new(), &mut |_, text| see(kind, text));
 }
 
 fn filter(response: &mut Value) {

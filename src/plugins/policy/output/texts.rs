@@ -31,6 +31,8 @@ pub(super) struct Place {
     pub(super) kind: Kind,
     /// Which of its kind: a tool call, a part.
     pub(super) nth: u64,
+    /// The way to it, as a number, where its kind does not say it.
+    pub(super) way: u64,
 }
 
 /// What a text of an answer is.
@@ -41,15 +43,21 @@ pub(super) enum Kind {
     Refusal,
     /// Under this name: servers differ, and some write it twice.
     Reasoning(&'static str),
+    /// The arguments of a call.
     Tool,
+    /// What a tool of the client's own kind is given.
+    Input,
+    /// What is said beside the answer, such as the transcript of a sound, or
+    /// under a name that nobody knows.
+    Aside,
 }
 
 impl Kind {
     fn part(self) -> Part {
         match self {
-            Self::Answer | Self::Refusal => Part::Answer,
+            Self::Answer | Self::Refusal | Self::Aside => Part::Answer,
             Self::Reasoning(_) => Part::Reasoning,
-            Self::Tool => Part::Tools,
+            Self::Tool | Self::Input => Part::Tools,
         }
     }
 
@@ -170,7 +178,8 @@ impl Texts {
     }
 
     /// Ends the texts that a text of this kind comes behind: no match goes from
-    /// one to the other.
+    /// one to the other. What is said beside the answer ends nothing, and goes on
+    /// to its own end.
     pub(super) fn end_before(
         &mut self,
         rules: &Rules,
@@ -178,7 +187,9 @@ impl Texts {
         next: Place,
     ) -> Vec<(Place, Fed)> {
         self.end(rules, hits, |place| {
-            place.choice == next.choice
+            place.kind != Kind::Aside
+                && next.kind != Kind::Aside
+                && place.choice == next.choice
                 && *place != next
                 && !(place.kind.is_beside(next.kind) && place.nth == next.nth)
         })
