@@ -6,9 +6,9 @@
 //! rest, nobody else is let through until it is known.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, SystemTime},
 };
 
@@ -25,6 +25,9 @@ const PERIODS_MAX: usize = 8;
 /// lasts. Days that a clock jumps over do not count.
 const IDLE_DAYS_MAX: u32 = 62;
 
+/// The most periods that the store is asked for: some ten years of days.
+const ASKED_MAX: usize = 4096;
+
 /// The books of the process; outlive the snapshots.
 #[derive(Default)]
 pub struct Ledger(Mutex<Books>);
@@ -36,6 +39,11 @@ struct Books {
     /// The latest day that has been seen, should the clock go back.
     newest: String,
     journal: Option<Arc<Journal>>,
+    /// The periods that the store was asked for, before anything of them was
+    /// counted.
+    asked: BTreeSet<String>,
+    /// The ledger itself, for what the store answers.
+    ledger: Weak<Ledger>,
     is_loaded: bool,
 }
 
@@ -129,13 +137,16 @@ impl Ledger {
         if books.journal.is_some() {
             return done();
         }
-        books.journal = Some(Arc::clone(journal));
         let today = books.today(now, zone);
         let periods = vec![today.day.clone(), today.month.clone()];
+        books.asked.extend(periods.iter().cloned());
+        books.journal = Some(Arc::clone(journal));
+        books.ledger = Arc::downgrade(self);
         drop(books);
         let ledger = Arc::clone(self);
         journal.load(periods, move |all| {
             ledger.take_over(all);
+            ledger.books().is_loaded = true;
             done();
         });
     }
@@ -152,7 +163,6 @@ impl Ledger {
             let account = books.accounts.entry(key).or_default();
             account.add(&period, amount);
         }
-        books.is_loaded = true;
     }
 
     /// Lets a request through that may take so much.
@@ -232,10 +242,34 @@ impl Books {
                     account.under_way != Amount::default() || account.idle_days <= IDLE_DAYS_MAX
                 });
             }
+            self.ask_for([&today.day, &today.month]);
             self.today = None;
             return self.today.insert(today);
         }
         self.today.get_or_insert_with(|| Today::at(now, zone))
+    }
+
+    /// Reads what the store has of periods that nobody has looked at yet: that of
+    /// a process that began while its clock was wrong, or of another one.
+    fn ask_for(&mut self, periods: [&String; 2]) {
+        let Some(journal) = &self.journal else {
+            return;
+        };
+        let mut new = Vec::new();
+        for period in periods {
+            if self.asked.len() < ASKED_MAX && self.asked.insert(period.clone()) {
+                new.push(period.clone());
+            }
+        }
+        if new.is_empty() {
+            return;
+        }
+        let ledger = Weak::clone(&self.ledger);
+        journal.load(new, move |all| {
+            if let Some(ledger) = ledger.upgrade() {
+                ledger.take_over(all);
+            }
+        });
     }
 
     /// Returns what was used before, and since, in the day and the month.
@@ -390,8 +424,17 @@ impl fmt::Debug for Ledger {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
-    use crate::config::Money;
+    use crate::{
+        config::Money,
+        metrics::Metrics,
+        store::{Journals, Place},
+        worker::Workers,
+    };
+
+    const LONG: Duration = Duration::from_secs(20);
 
     fn time(text: &str) -> SystemTime {
         humantime::parse_rfc3339(text).unwrap()
@@ -418,8 +461,51 @@ mod tests {
 
     fn ledger() -> Arc<Ledger> {
         let ledger = Arc::new(Ledger::default());
-        ledger.take_over(Vec::new());
+        ledger.books().is_loaded = true;
         ledger
+    }
+
+    /// A ledger that has read this file, with the clock at this time.
+    fn stored(file: &std::path::Path, now: &str) -> (Arc<Ledger>, Workers) {
+        let (workers, metrics) = (Workers::default(), Arc::new(Metrics::new()));
+        let url = format!("sqlite:{}", file.display());
+        let place = Place::of(&url, std::path::Path::new(".")).unwrap();
+        let journal = Journals::default().open(&place, &metrics, &workers);
+        let ledger = Arc::new(Ledger::default());
+        let (send, done) = std::sync::mpsc::channel();
+        ledger.load(&journal.unwrap(), Zone::Utc, time(now), move || {
+            send.send(()).unwrap();
+        });
+        done.recv_timeout(LONG).unwrap();
+        (ledger, workers)
+    }
+
+    #[test]
+    fn a_process_that_began_with_a_wrong_clock_reads_what_was_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("forebay.db");
+        let (first, workers) = stored(&file, NOON);
+        let hundred = budget("100", "100");
+        spend(&first, hundred, 100, NOON).unwrap();
+        assert!(workers.stop(LONG));
+        for _ in 0..2 {
+            let (second, workers) = stored(&file, "1970-01-01T00:00:09Z");
+            spend(&second, hundred, 0, "1970-01-01T00:00:10Z").unwrap();
+            let until = Instant::now() + LONG;
+            let used = || {
+                second
+                    .statement(time(NOON))
+                    .keys
+                    .first()
+                    .map(|one| one.month.tokens)
+            };
+            while used() != Some(100) && Instant::now() < until {
+                std::thread::yield_now();
+            }
+            assert_eq!(used(), Some(100));
+            assert!(spend(&second, hundred, 1, NOON).is_err());
+            assert!(workers.stop(LONG));
+        }
     }
 
     const NOON: &str = "2026-11-21T12:00:00Z";
@@ -533,6 +619,7 @@ mod tests {
             period: "2026-11-21".to_owned(),
             amount: tokens(60),
         }]);
+        ledger.books().is_loaded = true;
         let statement = ledger.statement(now);
         assert!(statement.is_loaded);
         assert_eq!(statement.keys[0].day.tokens, 90);

@@ -296,11 +296,9 @@ impl Budget {
     /// Returns the most that tokens may come to, whichever group of the route
     /// answers.
     fn most(&self, spent: Spent, ctx: &RequestContext) -> Amount {
-        let allowed = |group: &&Box<str>| {
-            let narrowed = ctx.restrict.groups.as_deref();
-            narrowed.is_none_or(|groups| groups.contains(group))
-        };
-        let groups = ctx.groups.iter().filter(allowed);
+        let narrowed = ctx.restrict.groups.as_deref();
+        let groups = ctx.groups.iter();
+        let groups = groups.filter(|group| narrowed.is_none_or(|all| all.contains(group)));
         let dearest = groups
             .map(|group| self.amount(spent, &ctx.model, Some(group)))
             .max_by_key(|amount| amount.money);
