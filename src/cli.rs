@@ -18,7 +18,7 @@ use crate::{
     metrics::Metrics,
     plugins::{hash_token, new_token},
     resources::Resources,
-    server,
+    server::{self, Predecessor},
     sim::{Sim, SimOptions},
 };
 
@@ -59,6 +59,16 @@ enum Command {
         target: ctl::Target,
         /// The configuration that the gateway runs with.
         #[arg(short, long = "config", value_name = "FILE", global = true)]
+        config: Option<PathBuf>,
+    },
+    /// Has a running gateway replaced by the program that is on the disk now, with
+    /// the configuration as it is now: nobody who is being served notices. If that
+    /// cannot serve, says why, and the running one goes on.
+    Upgrade {
+        #[command(flatten)]
+        target: ctl::Target,
+        /// The configuration that the gateway runs with.
+        #[arg(short, long = "config", value_name = "FILE")]
         config: Option<PathBuf>,
     },
     /// Turns captured files into training data in other formats.
@@ -124,6 +134,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             say(&ctl::run(&command, &target, file.as_deref())?)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Upgrade { target, config } => {
+            let file = find(&ConfigFile { config });
+            say(&ctl::upgrade(&target, file.as_deref())?)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Export(options) => {
             // The output may be standard output.
             say_err(&export::run(&options)?);
@@ -151,13 +166,19 @@ fn load(path: Option<&Path>) -> Result<Loaded, config::Problems> {
 
 fn serve(file: &ConfigFile) -> anyhow::Result<ExitCode> {
     server::survive_hangups();
+    let predecessor = Predecessor::find().context("the process before this one is lost")?;
     let path = find(file);
     let loaded = match load(path.as_deref()) {
         Ok(loaded) => loaded,
-        Err(problems) => return Ok(refuse(&problems)),
+        Err(problems) => {
+            if let Some(predecessor) = predecessor {
+                predecessor.failed(&problems.to_string());
+            }
+            return Ok(refuse(&problems));
+        }
     };
     let built_in = path.is_none();
-    start(loaded, path, |_| {
+    start(loaded, path, predecessor, |_| {
         if built_in {
             log::warn!(
                 "no configuration: {DEFAULT_FILE} does not exist and no -c was given; \
@@ -167,28 +188,44 @@ fn serve(file: &ConfigFile) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Starts logging, builds the gateway and serves until a signal says stop.
+/// Starts logging, builds the gateway and serves until a signal says stop. A
+/// predecessor is told why, if that is not possible.
 pub(crate) fn start(
     loaded: Loaded,
     file: Option<PathBuf>,
+    predecessor: Option<Predecessor>,
     ready: impl FnOnce(&Gateway),
 ) -> anyhow::Result<ExitCode> {
+    let tell = predecessor.clone();
+    let tell = |why: &str| {
+        if let Some(predecessor) = &tell {
+            predecessor.failed(why);
+        }
+    };
     let metrics = Arc::new(Metrics::new());
     let dropped = metrics.log_dropped.clone();
     let log = logging::init(&loaded.config.log, &loaded.base, dropped)
+        .inspect_err(|why| tell(&format!("the log cannot be opened: {why}")))
         .context("the log cannot be opened")?;
     let log = Arc::new(log);
     let gateway = match Gateway::new(loaded, file, Arc::new(Resources::new(metrics))) {
         Ok(gateway) => Arc::new(gateway),
-        Err(problems) => return Ok(refuse(&problems)),
+        Err(problems) => {
+            tell(&problems.to_string());
+            return Ok(refuse(&problems));
+        }
     };
     for warning in &gateway.snapshot().loaded.warnings {
         log::warn!("{warning}");
     }
     ready(&gateway);
-    let served = server::run(gateway, Arc::clone(&log));
+    let served = server::run(gateway, Arc::clone(&log), predecessor);
     log.flush();
-    served?;
+    if let Err(why) = served {
+        let why = anyhow::Error::from(why);
+        tell(&format!("{why:#}"));
+        return Err(why);
+    }
     Ok(ExitCode::SUCCESS)
 }
 

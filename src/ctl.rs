@@ -1,5 +1,5 @@
-//! `forebay ctl`: what people do to the upstreams of a running gateway, over its
-//! admin listener.
+//! `forebay ctl` and `forebay upgrade`: what people do to a running gateway, over
+//! its admin listener.
 //!
 //! Where that is and which key it wants is read from the configuration the
 //! gateway runs with, and only that: secrets of upstreams need not be set in the
@@ -21,6 +21,8 @@ use crate::config::{self, Admin, Secret, SecretRef};
 
 /// How long each step may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an upgrade may take: `upgrade.prepare` at its most, and some.
+const UPGRADE_PATIENCE: Duration = Duration::from_secs(15 * 60);
 /// The longest answer that is read.
 const ANSWER_MAX: u64 = 16 * 1024 * 1024;
 
@@ -61,33 +63,72 @@ pub(crate) struct Target {
     key: Option<String>,
 }
 
+/// Where a gateway is asked.
+struct Asked {
+    at: SocketAddr,
+    key: Option<Secret>,
+}
+
+impl Target {
+    /// Finds out where, and with which key.
+    fn find(&self, file: Option<&Path>) -> anyhow::Result<Asked> {
+        // With both named, the configuration has nothing to add.
+        let configured = match (&self.admin, file) {
+            (Some(_), _) | (None, None) => Admin::default(),
+            (None, Some(file)) => config::admin_of(file).map_err(anyhow::Error::msg)?,
+        };
+        let at = match &self.admin {
+            Some(url) => address(url)?,
+            None => reachable(&configured.listen)?,
+        };
+        let here = Path::new(".");
+        let base = file.and_then(Path::parent).unwrap_or(here);
+        let key = match &self.key {
+            Some(text) => {
+                let reference: SecretRef = text.parse().map_err(anyhow::Error::msg)?;
+                Some(reference.read(here).context("--key")?)
+            }
+            None => match &configured.key {
+                Some(reference) => Some(reference.read(base).context("admin.key")?),
+                None => None,
+            },
+        };
+        Ok(Asked { at, key })
+    }
+}
+
+impl Asked {
+    /// Asks, and returns what it says; an error if it refuses.
+    fn ask(&self, method: &str, path: &str, patience: Duration) -> anyhow::Result<Value> {
+        let at = self.at;
+        let (status, body) = ask(at, method, path, self.key.as_ref(), patience)
+            .with_context(|| format!("the admin listener at {at} cannot be reached"))?;
+        let body: Value = serde_json::from_slice(&body)
+            .with_context(|| format!("what answers at {at} is no admin listener of forebay"))?;
+        if status != 200 {
+            let why = body.pointer("/error/message").and_then(Value::as_str);
+            bail!("{} (status {status})", why.unwrap_or("refused"));
+        }
+        Ok(body)
+    }
+}
+
+/// Has a running gateway replaced, and returns what to print.
+pub(crate) fn upgrade(target: &Target, file: Option<&Path>) -> anyhow::Result<String> {
+    let body = target
+        .find(file)?
+        .ask("POST", "/upgrade", UPGRADE_PATIENCE)?;
+    let (pid, version) = (text(&body, "pid"), text(&body, "version"));
+    Ok(format!("upgraded: pid={pid} version={version}"))
+}
+
 /// Does it, and returns what to print.
 pub(crate) fn run(
     command: &CtlCommand,
     target: &Target,
     file: Option<&Path>,
 ) -> anyhow::Result<String> {
-    // With both named, the configuration has nothing to add.
-    let configured = match (&target.admin, file) {
-        (Some(_), _) | (None, None) => Admin::default(),
-        (None, Some(file)) => config::admin_of(file).map_err(anyhow::Error::msg)?,
-    };
-    let at = match &target.admin {
-        Some(url) => address(url)?,
-        None => reachable(&configured.listen)?,
-    };
-    let here = Path::new(".");
-    let base = file.and_then(Path::parent).unwrap_or(here);
-    let key = match &target.key {
-        Some(text) => {
-            let reference: SecretRef = text.parse().map_err(anyhow::Error::msg)?;
-            Some(reference.read(here).context("--key")?)
-        }
-        None => match &configured.key {
-            Some(reference) => Some(reference.read(base).context("admin.key")?),
-            None => None,
-        },
-    };
+    let asked = target.find(file)?;
     let (method, path) = match command {
         CtlCommand::Status => ("GET", "/upstreams".to_owned()),
         CtlCommand::Usage => ("GET", "/usage".to_owned()),
@@ -96,14 +137,7 @@ pub(crate) fn run(
         CtlCommand::Drain { name } => ("POST", one(name, "drain")?),
         CtlCommand::Undrain { name } => ("POST", one(name, "undrain")?),
     };
-    let (status, body) = ask(at, method, &path, key.as_ref())
-        .with_context(|| format!("the admin listener at {at} cannot be reached"))?;
-    let body: Value = serde_json::from_slice(&body)
-        .with_context(|| format!("what answers at {at} is no admin listener of forebay"))?;
-    if status != 200 {
-        let why = body.pointer("/error/message").and_then(Value::as_str);
-        bail!("{} (status {status})", why.unwrap_or("refused"));
-    }
+    let body = asked.ask(method, &path, PATIENCE)?;
     Ok(match command {
         CtlCommand::Usage => usage(&body),
         _ => table(&body),
@@ -148,9 +182,10 @@ fn ask(
     method: &str,
     path: &str,
     key: Option<&Secret>,
+    patience: Duration,
 ) -> std::io::Result<(u16, Vec<u8>)> {
     let mut stream = TcpStream::connect_timeout(&at, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let key = key.map_or_else(String::new, |key| {
         format!("authorization: Bearer {}\r\n", key.expose())
@@ -238,6 +273,14 @@ fn table(body: &Value) -> String {
     }
     let mut lines = vec![columns(&rows)];
     lines.extend(open);
+    if let Some(process) = body.get("process") {
+        lines.push(format!(
+            "process: pid={} stage={} version={}",
+            text(process, "pid"),
+            text(process, "stage"),
+            text(process, "version")
+        ));
+    }
     lines.join("\n")
 }
 

@@ -45,7 +45,7 @@ pub(crate) fn run(options: &DemoOptions) -> anyhow::Result<ExitCode> {
     let loaded = config::parse(&yaml, "(demo)", Path::new("."), &catalog())
         .map_err(|problems| anyhow::anyhow!("{problems}"))?;
     let text = manual(options, &sims);
-    let code = start(loaded, None, |_| {
+    let code = start(loaded, None, None, |_| {
         // Standard output may be closed; the demo runs all the same.
         say(&text).ok();
     });

@@ -48,6 +48,13 @@
 //! over what has not changed → one atomic swap. Any failure leaves the live
 //! snapshot in place; requests finish on the one they began with.
 //!
+//! # Life of the process
+//! [`lifecycle`] has its stages: serving → lame duck → draining → ending; `server`
+//! goes from one to the next, by signals and by what is still under way, and
+//! Pingora's own shutdown is the very last of it. An upgrade (`server/successor`,
+//! `server/predecessor`) starts the program anew, hands it the listening sockets when
+//! it has built everything, and drains when it serves.
+//!
 //! # Extension points
 //! A plugin is a file in `plugins/` and a line in [`plugins::PLUGINS`]; a
 //! strategy is a file in `upstreams/strategies/` and a line in

@@ -8,12 +8,12 @@
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// A stage of the process; they follow each other, and some may be left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,6 +53,21 @@ pub struct State {
     pub successor: Option<u32>,
 }
 
+/// The process that has taken this one's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Successor {
+    /// Its pid.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+}
+
+/// What became of an upgrade: who serves now, or why it is still this process.
+pub type Upgraded = Result<Successor, String>;
+
+/// Somebody who asks for an upgrade, and is told here what became of it.
+pub type Asker = oneshot::Sender<Upgraded>;
+
 /// The life of the process. One per process.
 pub struct Lifecycle {
     state: watch::Sender<State>,
@@ -63,6 +78,8 @@ pub struct Lifecycle {
     ended: watch::Sender<bool>,
     requests: Arc<AtomicUsize>,
     admin_requests: Arc<AtomicUsize>,
+    ask: mpsc::Sender<Asker>,
+    asked: Mutex<Option<mpsc::Receiver<Asker>>>,
 }
 
 /// Something that is under way; over when it is dropped.
@@ -86,6 +103,7 @@ impl Lifecycle {
     /// Begins with [`Stage::Starting`].
     pub fn new() -> Self {
         let bit = || watch::Sender::new(false);
+        let (ask, asked) = mpsc::channel(1);
         Self {
             state: watch::Sender::new(State {
                 stage: Stage::Starting,
@@ -97,6 +115,8 @@ impl Lifecycle {
             ended: bit(),
             requests: Arc::default(),
             admin_requests: Arc::default(),
+            ask,
+            asked: Mutex::new(Some(asked)),
         }
     }
 
@@ -136,6 +156,32 @@ impl Lifecycle {
         }
     }
 
+    /// Asks for an upgrade, and waits for what becomes of it: as long as that takes.
+    ///
+    /// # Errors
+    /// Why this process still serves, or why it cannot have a successor.
+    pub async fn upgrade(&self) -> Upgraded {
+        const STOPPING: &str = "this process is stopping";
+        if self.is_leaving() {
+            return Err(STOPPING.to_owned());
+        }
+        let (asker, told) = oneshot::channel();
+        if let Err(why) = self.ask.try_send(asker) {
+            return Err(match why {
+                mpsc::error::TrySendError::Full(_) => "an upgrade is under way already",
+                mpsc::error::TrySendError::Closed(_) => STOPPING,
+            }
+            .to_owned());
+        }
+        told.await.unwrap_or_else(|_gone| Err(STOPPING.to_owned()))
+    }
+
+    /// Returns who asks for upgrades; once.
+    pub fn upgrades_asked(&self) -> Option<mpsc::Receiver<Asker>> {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.take()
+    }
+
     /// Returns where it is.
     pub fn state(&self) -> State {
         *self.state.borrow()
@@ -149,6 +195,13 @@ impl Lifecycle {
     /// Returns whether clients are to go elsewhere.
     pub fn is_leaving(&self) -> bool {
         *self.leaving.borrow()
+    }
+
+    /// Returns whether the address serves: also if it is by a successor, to whom
+    /// the next connection goes.
+    pub fn is_ready(&self) -> bool {
+        let state = self.state.borrow();
+        state.stage <= Stage::Serving || state.successor.is_some()
     }
 
     /// Turns true when clients are to go elsewhere.
@@ -239,6 +292,7 @@ mod tests {
         assert_eq!(bits(&life), [false; 4]);
         life.reach(Stage::LameDuck);
         assert_eq!(bits(&life), [true, false, false, false]);
+        assert!(!life.is_ready());
         life.reach(Stage::Draining);
         assert_eq!(bits(&life), [true, true, false, false]);
         life.reach(Stage::LameDuck);
@@ -261,6 +315,7 @@ mod tests {
         };
         assert_eq!(*states.borrow_and_update(), state);
         assert_eq!(bits(&life), [true, true, true, false]);
+        assert!(life.is_ready(), "the address is");
         life.reach(Stage::Ending);
         assert_eq!(life.state().successor, Some(7));
     }

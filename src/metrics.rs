@@ -155,6 +155,8 @@ pub struct Metrics {
     pub policy_hits: IntCounterVec,
     /// Reloads of the configuration, by result.
     pub reloads: IntCounterVec,
+    /// Upgrades that were tried, by what became of them.
+    pub upgrades: IntCounterVec,
     /// Whether the last reload worked.
     pub reload_ok: IntGauge,
     /// When the live configuration was loaded, in seconds since 1970.
@@ -456,6 +458,11 @@ impl Metrics {
                 "forebay_config_reloads_total",
                 "Reloads of the configuration",
                 &["result"],
+            ),
+            upgrades: all.counters(
+                "forebay_upgrades_total",
+                "Upgrades that were tried, by what became of them: handed_over, not_started, timed_out, died, refused, not_served",
+                &["outcome"],
             ),
             reload_ok: all.gauge(
                 "forebay_config_last_reload_successful",

@@ -37,6 +37,7 @@ use tower::ServiceExt;
 use crate::{
     error::Error,
     gateway::Gateway,
+    lifecycle::Successor,
     status::{Reader, report},
 };
 
@@ -64,6 +65,7 @@ impl Admin {
             .route("/metrics", get(metrics))
             .route("/health", get(health))
             .route("/reload", post(reload))
+            .route("/upgrade", post(upgrade))
             .route("/upstreams", get(upstreams::list))
             .route("/usage", get(usage::list))
             .route("/upstreams/reset", post(upstreams::reset_all))
@@ -295,6 +297,7 @@ async fn index() -> impl IntoResponse {
             "GET /metrics",
             "GET /health",
             "POST /reload",
+            "POST /upgrade",
             "GET /upstreams",
             "GET /usage",
             "POST /upstreams/reset",
@@ -353,6 +356,21 @@ async fn reload(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
             (StatusCode::UNPROCESSABLE_ENTITY, body).into_response()
         }
         Err(why) => shape(&internal().because(why)),
+    }
+}
+
+/// Has this process replaced by a successor; 409 with the reason if it goes on
+/// instead.
+async fn upgrade(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    match gateway.resources.lifecycle.upgrade().await {
+        Ok(successor) => {
+            let Successor { pid, version } = successor;
+            Json(json!({ "upgraded": true, "pid": pid, "version": version })).into_response()
+        }
+        Err(reason) => {
+            let status = StatusCode::CONFLICT;
+            shape(&Error::refused(status, "upgrade_failed", reason))
+        }
     }
 }
 

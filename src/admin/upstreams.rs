@@ -27,7 +27,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Every upstream with its state.
 pub(super) async fn list(State(gateway): State<Arc<Gateway>>) -> impl IntoResponse {
-    Json(json!({ "upstreams": status::upstreams(&gateway.snapshot()) }))
+    Json(json!({
+        "upstreams": status::upstreams(&gateway.snapshot()),
+        "process": {
+            "pid": std::process::id(),
+            "stage": gateway.resources.lifecycle.state().stage.as_str(),
+            "version": env!("CARGO_PKG_VERSION"),
+        },
+    }))
 }
 
 /// Forgets what is known of every upstream.

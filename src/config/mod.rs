@@ -6,7 +6,7 @@
 //! them, and a test compares the two.
 //!
 //! What can be written:
-//! - [`limits`], [`shutdown`], [`log`], [`upstream`], [`resilience`], [`route`]: the parts of
+//! - [`limits`], [`shutdown`], [`upgrade`], [`log`], [`upstream`], [`resilience`], [`route`]: the parts of
 //!   [`Config`]
 //! - [`units`], [`amounts`]: `30s`, `32MiB`, `20%`; `200k`, `60/min`, `2.50`
 //! - [`plugin_entry`]: one line of a plugin list
@@ -47,6 +47,7 @@ mod special;
 #[cfg(test)]
 mod tests;
 pub mod units;
+pub mod upgrade;
 pub mod upstream;
 mod validate;
 pub(crate) mod yaml;
@@ -73,6 +74,7 @@ pub use schema::{Catalog, schema};
 pub use secret::{Secret, SecretError, SecretRef};
 pub use shutdown::Shutdown;
 pub use units::{Share, Size, Time};
+pub use upgrade::Upgrade;
 pub use upstream::{Dialect, Group, KeepAlive, Kind, ResolvedTimeouts, Timeouts, Tls, Upstream};
 
 /// Everything that one YAML file says.
@@ -92,6 +94,8 @@ pub struct Config {
     pub limits: Limits,
     /// How the process stops.
     pub shutdown: Shutdown,
+    /// How another process takes its place.
+    pub upgrade: Upgrade,
     /// Networks whose `X-Forwarded-For` is believed, such as `10.0.0.0/8`.
     #[schemars(with = "Vec<String>", extend("format" = "cidrs"))]
     pub trusted_proxies: Vec<IpNet>,
@@ -127,6 +131,7 @@ impl Default for Config {
             threads: 0,
             limits: Limits::default(),
             shutdown: Shutdown::default(),
+            upgrade: Upgrade::default(),
             trusted_proxies: Vec::new(),
             store: None,
             log: Log::default(),

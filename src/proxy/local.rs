@@ -25,7 +25,7 @@ pub(super) async fn answer(
     gateway: &Gateway,
     snapshot: &Snapshot,
     ctx: &RequestContext,
-    leaving: bool,
+    is_ready: bool,
 ) -> Result<LocalResponse> {
     Ok(match call {
         Call::Models => {
@@ -42,8 +42,8 @@ pub(super) async fn answer(
             }
         }
         Call::Health => ok(&report(gateway, snapshot, Reader::Anybody)),
-        Call::Ready if leaving => status(StatusCode::SERVICE_UNAVAILABLE, "draining"),
-        Call::Ready => status(StatusCode::OK, "ready"),
+        Call::Ready if is_ready => status(StatusCode::OK, "ready"),
+        Call::Ready => status(StatusCode::SERVICE_UNAVAILABLE, "draining"),
         Call::Live => status(StatusCode::OK, "live"),
         Call::Root | Call::Model(_) => ok(&json!({
             "name": "forebay",

@@ -83,8 +83,8 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Makes the proxy of a gateway. While that is leaving, `/readyz` says so and
-    /// connections are not kept.
+    /// Makes the proxy of a gateway. While that is leaving, connections are not
+    /// kept.
     pub fn new(gateway: Arc<Gateway>, connections: Arc<Connections>) -> Self {
         let metrics = Arc::clone(&gateway.resources.metrics);
         Self {

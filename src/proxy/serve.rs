@@ -182,7 +182,7 @@ impl Proxy {
         let request = session.req_header();
         let call = calls::look_up(&request.method, request.raw_path())?;
         live.call = call.name();
-        let leaving = self.gateway.resources.lifecycle.is_leaving();
+        let is_ready = self.gateway.resources.lifecycle.is_ready();
         let Call::Model(endpoint) = call else {
             if !call.is_public() {
                 live.chain = Some(Arc::clone(snapshot.chain()));
@@ -190,7 +190,7 @@ impl Proxy {
                     return Ok(Prepared::Local(answer));
                 }
             }
-            let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, leaving).await?;
+            let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, is_ready).await?;
             return Ok(Prepared::Local(answer));
         };
         // With lists per route the body must tell which list it is.

@@ -8,9 +8,14 @@
 //! the keyboard has no load balancer. A second signal of either kind is the end at
 //! once.
 //!
+//! SIGUSR2, or who asks at the admin listener: a successor is started
+//! ([`successor`]), and when it serves this process drains as above, for
+//! `upgrade.drain`, without a lame duck: the address serves on.
+//!
 //! **Invariant:** Pingora hears of all this only when it is over.
 
 use std::{
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,14 +23,22 @@ use std::{
 use async_trait::async_trait;
 use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
 use tokio::{
+    process::Child,
     signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
     time::{sleep, timeout},
+};
+
+use super::{
+    Predecessor,
+    sockets::Sockets,
+    successor::{self, Failure, Program},
 };
 
 use crate::{
     config::Shutdown,
     gateway::Gateway,
-    lifecycle::{Lifecycle, Stage},
+    lifecycle::{Lifecycle, Stage, Successor, Upgraded},
     proxy::Connections,
 };
 
@@ -39,8 +52,17 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Turns signals into stages, and the last stage into Pingora's shutdown.
 pub(super) struct Course {
-    gateway: Arc<Gateway>,
-    connections: Arc<Connections>,
+    pub(super) gateway: Arc<Gateway>,
+    pub(super) connections: Arc<Connections>,
+    pub(super) sockets: Sockets,
+    /// Whose place this process takes.
+    pub(super) predecessor: Option<Predecessor>,
+    pub(super) program: Program,
+    /// The address of the data listener.
+    pub(super) listen: String,
+    /// How many listeners there are, and how many of them accept.
+    pub(super) listeners: usize,
+    pub(super) accepting: watch::Sender<usize>,
 }
 
 /// A signal that asks the process to stop.
@@ -75,25 +97,36 @@ impl Signals {
 #[async_trait]
 impl ShutdownSignalWatch for Course {
     async fn recv(&self) -> ShutdownSignal {
-        let mut signals = match Signals::listen() {
-            Ok(signals) => signals,
+        let upgrade = signal(SignalKind::user_defined2());
+        match Signals::listen().and_then(|signals| Ok((signals, upgrade?))) {
+            Ok((mut signals, upgrade)) => self.run(&mut signals, upgrade).await,
             Err(why) => {
                 log::error!(
                     "signals cannot be handled, only SIGKILL will stop this process: {why}"
                 );
-                return std::future::pending().await;
+                std::future::pending().await
             }
-        };
-        self.lifecycle().reach(Stage::Serving);
-        let stop = signals.next().await;
-        if self.stop(stop, &mut signals).await == Ended::Early {
-            self.end_early().await;
         }
         ShutdownSignal::FastShutdown
     }
 }
 
-/// How a drain ended.
+/// How serving ended.
+enum Left {
+    /// It is told to stop.
+    Stopped(Stop),
+    /// To a successor.
+    To(Child),
+}
+
+/// What ended a drain.
+enum Drained {
+    Ended(Ended),
+    /// A signal.
+    Told(Stop),
+}
+
+/// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ended {
     /// Nothing is under way any more.
@@ -103,27 +136,147 @@ enum Ended {
 }
 
 impl Course {
-    pub(super) fn new(gateway: Arc<Gateway>, connections: Arc<Connections>) -> Self {
-        Self {
-            gateway,
-            connections,
-        }
-    }
-
     fn lifecycle(&self) -> &Lifecycle {
         &self.gateway.resources.lifecycle
     }
 
-    fn shutdown(&self) -> Shutdown {
-        self.gateway.snapshot().config().shutdown.clone()
+    async fn run(&self, signals: &mut Signals, upgrade: Signal) {
+        let left = match self.begin(signals).await {
+            Some(stop) => Left::Stopped(stop),
+            None => self.serve(signals, upgrade).await,
+        };
+        let ended = match left {
+            Left::Stopped(stop) => self.stop(stop, signals).await,
+            Left::To(child) => self.leave(child, signals).await,
+        };
+        if ended == Ended::Early {
+            self.end_early().await;
+        }
+    }
+
+    /// Waits until all listeners accept, or somebody wants it to stop already.
+    async fn begin(&self, signals: &mut Signals) -> Option<Stop> {
+        let mut accepting = self.accepting.subscribe();
+        let all = async {
+            let all = accepting.wait_for(|accepting| *accepting == self.listeners);
+            // The sender is here.
+            drop(all.await);
+        };
+        tokio::select! {
+            () = all => {}
+            stop = signals.next() => return Some(stop),
+        }
+        self.lifecycle().reach(Stage::Serving);
+        if let Some(predecessor) = &self.predecessor {
+            predecessor.serving();
+        }
+        None
+    }
+
+    /// Serves until it is told to stop, or has a successor.
+    async fn serve(&self, signals: &mut Signals, mut upgrade: Signal) -> Left {
+        // Called once per process.
+        let Some(mut asked) = self.lifecycle().upgrades_asked() else {
+            return Left::Stopped(signals.next().await);
+        };
+        loop {
+            let asker = tokio::select! {
+                stop = signals.next() => return Left::Stopped(stop),
+                Some(asker) = asked.recv() => Some(asker),
+                _ = upgrade.recv() => None,
+            };
+            let mut upgrading = pin!(self.upgrade());
+            let upgraded = loop {
+                tokio::select! {
+                    biased;
+                    // The candidate ends with the future.
+                    stop = signals.next() => return Left::Stopped(stop),
+                    upgraded = &mut upgrading => break upgraded,
+                    Some(other) = asked.recv() => {
+                        // Who asks and does not wait need not be told.
+                        other.send(Err("an upgrade is under way already".to_owned())).ok();
+                    }
+                    _ = upgrade.recv() => log::warn!("an upgrade is under way already"),
+                }
+            };
+            let (told, child): (Upgraded, _) = match upgraded {
+                Ok((successor, child)) => (Ok(successor), Some(child)),
+                Err(failure) => (Err(failure.reason), None),
+            };
+            if let Some(asker) = asker {
+                asker.send(told).ok();
+            }
+            if let Some(child) = child {
+                return Left::To(child);
+            }
+        }
+    }
+
+    /// Starts a successor, and leaves the listeners to it if it serves.
+    async fn upgrade(&self) -> Result<(Successor, Child), Failure> {
+        let path = self.program.path().display();
+        log::info!("upgrade: starting {path}");
+        let prepare = self.gateway.snapshot().config().upgrade.prepare.get();
+        let upgraded = successor::start(&self.program, &self.sockets, prepare).await;
+        let outcome = match &upgraded {
+            Ok((successor, _)) => {
+                // Whoever comes from now on is accepted there.
+                self.lifecycle().hand_over(successor.pid);
+                self.sockets.close_all();
+                log::info!(
+                    "upgraded: successor={} version={} requests_in_flight={}",
+                    successor.pid,
+                    successor.version,
+                    self.lifecycle().requests(),
+                );
+                "handed_over"
+            }
+            Err(failure) => {
+                log::error!(
+                    "upgrade failed, this process goes on: {} ({})",
+                    failure.reason,
+                    failure.outcome,
+                );
+                failure.outcome
+            }
+        };
+        let upgrades = &self.gateway.resources.metrics.upgrades;
+        upgrades.with_label_values(&[outcome]).inc();
+        upgraded
+    }
+
+    /// Lets what is under way end when a successor serves.
+    async fn leave(&self, mut child: Child, signals: &mut Signals) -> Ended {
+        tokio::spawn(async move {
+            // Else it would stay as a zombie as long as this process is there.
+            if let Ok(status) = child.wait().await {
+                log::warn!("the successor has ended: {status}");
+            }
+        });
+        let (drain, keep_alive) = {
+            let snapshot = self.gateway.snapshot();
+            let config = snapshot.config();
+            let limits = &config.limits;
+            let drain = config.upgrade.drain.unwrap_or(limits.stream_timeout);
+            let keep_alive = limits.keep_alive.get().max(limits.header_timeout.get());
+            (drain.get(), keep_alive)
+        };
+        // Idle connections end by themselves, as at any time: a client that is just
+        // asking on one would take its being closed for a failure.
+        let idle_until = Instant::now() + keep_alive;
+        match self.drain(drain, idle_until, signals).await {
+            Drained::Ended(ended) => ended,
+            Drained::Told(stop) => self.stop(stop, signals).await,
+        }
     }
 
     /// Stops: first the lame duck, then the drain.
     async fn stop(&self, stop: Stop, signals: &mut Signals) -> Ended {
-        let Shutdown { lame_duck, drain } = self.shutdown();
+        let Shutdown { lame_duck, drain } = self.gateway.snapshot().config().shutdown.clone();
+        let accepts = self.lifecycle().state().stage < Stage::Draining;
         let lame_duck = match stop {
-            Stop::Terminate => lame_duck.get(),
-            Stop::Interrupt => Duration::ZERO,
+            Stop::Terminate if accepts => lame_duck.get(),
+            _ => Duration::ZERO,
         };
         log::info!(
             "stopping: requests_in_flight={} lame_duck={lame_duck:?} drain={:?}",
@@ -136,19 +289,28 @@ impl Course {
             return Ended::Early;
         }
         self.lifecycle().reach(Stage::Draining);
-        tokio::select! {
-            () = self.idle(Instant::now()) => Ended::Idle,
-            () = sleep(drain.get()) => {
-                log::warn!(
-                    "stopping: the time to drain is over, requests_in_flight={}",
-                    self.lifecycle().requests(),
-                );
-                Ended::Early
-            }
-            _ = signals.next() => {
+        self.sockets.close(&self.listen);
+        match self.drain(drain.get(), Instant::now(), signals).await {
+            Drained::Ended(ended) => ended,
+            Drained::Told(_) => {
                 log::warn!("stopping at once: second signal");
                 Ended::Early
             }
+        }
+    }
+
+    /// Waits until nothing is under way, so long at most.
+    async fn drain(&self, most: Duration, idle_until: Instant, signals: &mut Signals) -> Drained {
+        tokio::select! {
+            () = self.idle(idle_until) => Drained::Ended(Ended::Idle),
+            () = sleep(most) => {
+                log::warn!(
+                    "the time to drain is over, requests_in_flight={}",
+                    self.lifecycle().requests(),
+                );
+                Drained::Ended(Ended::Early)
+            }
+            stop = signals.next() => Drained::Told(stop),
         }
     }
 

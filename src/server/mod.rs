@@ -2,13 +2,13 @@
 //! jobs, and how all of it stops.
 
 mod course;
+mod handshake;
 mod listening;
+mod predecessor;
+mod sockets;
+mod successor;
 
-use std::{
-    net::{SocketAddr, TcpListener},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use pingora::{
@@ -22,9 +22,13 @@ use pingora::{
         listening::Service,
     },
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 
-use self::{course::Course, listening::Listening};
+pub(crate) use self::predecessor::Predecessor;
+use self::{course::Course, listening::Listening, sockets::Sockets, successor::Program};
 use crate::{
     admin::Admin,
     gateway::Gateway,
@@ -62,19 +66,39 @@ pub enum StartError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// The process before this one gives nothing away.
+    #[error("the listeners were not handed over")]
+    NotHandedOver(#[source] std::io::Error),
 }
 
-/// Serves until a signal says stop. Blocks.
+/// Serves until a signal says stop. Blocks. With a predecessor, its listeners are
+/// taken over, once all else is ready.
 ///
 /// # Errors
 /// [`StartError`] before anything was served.
-pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError> {
+pub(crate) fn run(
+    gateway: Arc<Gateway>,
+    log: Arc<LogHandle>,
+    predecessor: Option<Predecessor>,
+) -> Result<(), StartError> {
     let snapshot = gateway.snapshot();
     let config = snapshot.config();
     // Pingora panics in a thread of its own when it cannot bind; a process that
     // seems to run but serves nobody is the worst answer to a taken port.
-    try_listen("listen", &config.listen)?;
-    try_listen("admin.listen", &config.admin.listen)?;
+    let addresses = [
+        ("listen", &*config.listen),
+        ("admin.listen", &*config.admin.listen),
+    ];
+    let sockets = Sockets::open(&addresses, predecessor.as_ref())?;
+    let socket = |key, address: &str| match sockets.of(address) {
+        Ok(socket) => Ok((address.to_owned(), socket)),
+        Err(source) => Err(StartError::Listen {
+            key,
+            address: address.to_owned(),
+            source,
+        }),
+    };
+    let accepting = watch::Sender::new(0);
 
     let threads = match config.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -115,12 +139,22 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     let edge = Edge::new(proxy, Arc::clone(&gateway), Arc::clone(&connections));
     let mut data = Service::new("data".to_owned(), edge);
     data.add_listener(listener(&config.listen));
-    server.add_service(Listening::new(data, lifecycle.closed()));
+    server.add_service(Listening::new(
+        data,
+        socket("listen", &config.listen)?,
+        lifecycle.closed(),
+        accepting.clone(),
+    ));
 
     let mut admin = Service::new("admin".to_owned(), Admin::new(Arc::clone(&gateway)));
     admin.threads = Some(1);
     admin.add_tcp(&config.admin.listen);
-    server.add_service(Listening::new(admin, lifecycle.admin_closed()));
+    server.add_service(Listening::new(
+        admin,
+        socket("admin.listen", &config.admin.listen)?,
+        lifecycle.admin_closed(),
+        accepting.clone(),
+    ));
 
     let reloader = Reloader::new(Arc::clone(&gateway), log);
     server.add_service(background_service("reload", reloader));
@@ -138,9 +172,20 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
         snapshot.loaded.hash.chars().take(12).collect::<String>(),
     );
     snapshot.start_plugins(&gateway.resources);
+    let listen = config.listen.clone();
+    let listeners = addresses.len();
     drop(snapshot);
     let resources = Arc::clone(&gateway.resources);
-    let course = Course::new(gateway, connections);
+    let course = Course {
+        gateway,
+        connections,
+        sockets,
+        predecessor,
+        program: Program::this(),
+        listen,
+        listeners,
+        accepting,
+    };
     server.run(RunArgs {
         shutdown_signal: Box::new(course),
     });
@@ -153,20 +198,8 @@ pub fn run(gateway: Arc<Gateway>, log: Arc<LogHandle>) -> Result<(), StartError>
     Ok(())
 }
 
-fn try_listen(key: &'static str, address: &str) -> Result<(), StartError> {
-    let error = |source| StartError::Listen {
-        key,
-        address: address.to_owned(),
-        source,
-    };
-    let parsed: SocketAddr = address
-        .parse()
-        .map_err(|why| error(std::io::Error::other(why)))?;
-    TcpListener::bind(parsed).map(drop).map_err(error)
-}
-
-/// Catches SIGHUP from now on, whoever listens to it later: until somebody does,
-/// it would end the process. So would a file that has grown to the limit of the
+/// Catches SIGHUP and SIGUSR2 from now on, whoever listens to them later: until
+/// somebody does, they would end the process. So would a file that has grown to the limit of the
 /// process, by SIGXFSZ; with it caught, that write fails as on a full disk.
 ///
 /// tokio installs its handler for good with the first listener. A hangup that
@@ -180,6 +213,7 @@ pub(crate) fn survive_hangups() {
         let file_too_large = SignalKind::from_raw(nix::libc::SIGXFSZ);
         for (name, kind) in [
             ("SIGHUP", SignalKind::hangup()),
+            ("SIGUSR2", SignalKind::user_defined2()),
             ("SIGXFSZ", file_too_large),
         ] {
             if let Err(why) = signal(kind) {

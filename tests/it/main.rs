@@ -54,3 +54,4 @@ mod smuggling;
 mod stopping;
 mod streaming;
 mod takeover;
+mod upgrade;

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader},
     net::{SocketAddr, TcpListener},
+    os::unix::fs::{PermissionsExt, symlink},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
@@ -59,6 +60,42 @@ impl Gateway {
         Self::start_by(limited, yaml, &[], &[]).await
     }
 
+    /// Starts it by the name `forebay` in its own folder, a link to the binary,
+    /// which the test may point elsewhere: see [`Gateway::install`].
+    pub async fn start_installed(yaml: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("forebay");
+        symlink(env!("CARGO_BIN_EXE_forebay"), &link).unwrap();
+        let by_link = || {
+            let mut command = Command::new(&link);
+            command.stdin(Stdio::null());
+            command
+        };
+        Self::start_in(folder, by_link, yaml, &[], &[]).await
+    }
+
+    /// Puts a script where it was started from, in place of the binary; `None`
+    /// puts the binary back.
+    pub fn install(&self, script: Option<&str>) {
+        let program = self.folder.path().join("forebay");
+        fs::remove_file(&program).ok();
+        match script {
+            None => symlink(env!("CARGO_BIN_EXE_forebay"), &program).unwrap(),
+            Some(script) => {
+                fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+                fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+            }
+        }
+    }
+
+    /// The processes that have taken its place, one after the other.
+    pub fn successors(&self) -> Vec<u32> {
+        let log = self.log();
+        let after = log.split("upgraded: successor=").skip(1);
+        let pids = after.map(|rest| rest.split(' ').next().unwrap().parse().unwrap());
+        pids.collect()
+    }
+
     async fn start_by(
         command: impl Fn() -> Command,
         yaml: &str,
@@ -66,6 +103,16 @@ impl Gateway {
         env: &[(&str, &str)],
     ) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        Self::start_in(folder, command, yaml, files, env).await
+    }
+
+    async fn start_in(
+        folder: TempDir,
+        command: impl Fn() -> Command,
+        yaml: &str,
+        files: &[(&str, &str)],
+        env: &[(&str, &str)],
+    ) -> Self {
         for (name, text) in files {
             fs::write(folder.path().join(name), text).unwrap();
         }
@@ -201,6 +248,11 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
+        // Whom it left its place to is its own affair.
+        for successor in self.successors() {
+            let pid = successor.to_string();
+            Command::new("kill").args(["-KILL", &pid]).status().ok();
+        }
         self.child.kill().ok();
         self.child.wait().ok();
         if thread::panicking() {
