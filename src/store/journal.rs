@@ -231,10 +231,9 @@ impl Writer {
         };
         self.failing = true;
         self.metrics.store_errors.with_label_values(&[what]).inc();
-        if why.corrupt {
-            // It is looked at when it is opened, and moved aside.
-            self.store = None;
-        }
+        // After a failure nobody knows what state a connection is in. What is
+        // damaged is looked at when it is opened, and moved aside.
+        self.close().await;
         if let Some(others) = self.failures.due(Instant::now()) {
             log::error!(
                 "the store does not work, it is tried again: what={what} waiting={} others={others} cause={why}",
@@ -244,9 +243,20 @@ impl Writer {
         false
     }
 
+    async fn close(&mut self) {
+        if let Some(store) = self.store.take() {
+            store.close().await;
+        }
+    }
+
     async fn opened(&mut self) -> Result<(), StoreError> {
-        if self.store.is_some() {
+        if self.store.as_ref().is_some_and(|store| store.is_there()) {
             return Ok(());
+        }
+        if self.store.is_some() {
+            log::error!("the store is gone, another one is opened");
+            self.metrics.store_errors.with_label_values(&["gone"]).inc();
+            self.close().await;
         }
         let Opened { store, is_new } = self.place.open().await?;
         self.store = Some(store);

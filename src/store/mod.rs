@@ -57,6 +57,13 @@ pub trait Store: Send {
     /// # Errors
     /// Nothing was written; the same may be tried again.
     async fn add(&mut self, used: &[Usage]) -> Result<(), StoreError>;
+
+    /// Returns whether what is written here will be found by whoever opens the
+    /// store next.
+    fn is_there(&self) -> bool;
+
+    /// Ends the connection; when it returns, nothing more is done to the store.
+    async fn close(self: Box<Self>);
 }
 
 /// What a key used in a period.

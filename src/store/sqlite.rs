@@ -10,8 +10,8 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
-    path::Path,
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -49,7 +49,18 @@ const MIGRATIONS: &[&str] = &["
     PRAGMA user_version = 1;
 "];
 
-struct Sqlite(SqliteConnection);
+struct Sqlite {
+    connection: SqliteConnection,
+    file: PathBuf,
+    /// Of the file that is open.
+    identity: Option<(u64, u64)>,
+}
+
+/// Returns what tells a file from another one of its name.
+fn identity(file: &Path) -> Option<(u64, u64)> {
+    let about = fs::metadata(file).ok()?;
+    Some((about.dev(), about.ino()))
+}
 
 fn locate(rest: &str, base: &Path) -> Result<String, &'static str> {
     const EXPECTED: &str = "a file such as sqlite:forebay.db or sqlite:/var/lib/forebay/forebay.db";
@@ -76,7 +87,11 @@ async fn open(target: &str) -> Result<Opened, StoreError> {
         other => other?,
     };
     Ok(Opened {
-        store: Box::new(Sqlite(connection)),
+        store: Box::new(Sqlite {
+            connection,
+            file: file.to_owned(),
+            identity: identity(file),
+        }),
         is_new,
     })
 }
@@ -186,7 +201,7 @@ impl Store for Sqlite {
             let rows =
                 sqlx::query("SELECT key, requests, tokens, money FROM usage WHERE period = ?")
                     .bind(period)
-                    .fetch_all(&mut self.0)
+                    .fetch_all(&mut self.connection)
                     .await?;
             for row in rows {
                 let key: String = row.try_get(0)?;
@@ -214,7 +229,7 @@ impl Store for Sqlite {
             requests = requests + excluded.requests,
             tokens = tokens + excluded.tokens,
             money = money + excluded.money";
-        let mut all = self.0.begin_with("BEGIN IMMEDIATE").await?;
+        let mut all = self.connection.begin_with("BEGIN IMMEDIATE").await?;
         for one in used {
             let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
             sqlx::query(ADD)
@@ -228,6 +243,17 @@ impl Store for Sqlite {
         }
         all.commit().await?;
         Ok(())
+    }
+
+    fn is_there(&self) -> bool {
+        self.identity.is_some() && identity(&self.file) == self.identity
+    }
+
+    async fn close(self: Box<Self>) {
+        // It removes files by their names: of the next one, were it still at it.
+        if let Err(why) = self.connection.close().await {
+            log::warn!("the store was not closed well: {why}");
+        }
     }
 }
 

@@ -290,6 +290,89 @@ async fn a_locked_store_delays_nobody_and_loses_nothing() {
 }
 
 #[tokio::test]
+async fn a_full_disk_harms_nobody_and_what_was_used_is_written_when_there_is_room() {
+    let gpu = sim("gpu-1").await;
+    let yaml = open("forebay.db", "day: { tokens: 375 }", &one_group(&[&gpu]));
+    let gateway = Gateway::start(&yaml).await;
+    let file = gateway.folder.path().join("forebay.db");
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    eventually("it is written", async || stored(&file).await == 25).await;
+    // From now on no file may be longer than those of the store are already.
+    gateway.limit("--fsize=4096:unlimited");
+    for _ in 0..12 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    }
+    gateway.logged("the store does not work").await;
+    let errors = "forebay_store_errors_total{what=\"write\"}";
+    assert!(gateway.metric(errors).await.unwrap() > 0.0);
+    gateway.metric_becomes("forebay_store_queue", 2.0).await;
+    // Nobody uses more than what is his meanwhile.
+    for status in [200, 200, 429] {
+        let answer = post_chat(gateway.addr, &chat("demo")).await;
+        assert_eq!(answer.status, status, "{}", answer.text());
+    }
+    gateway.limit("--fsize=unlimited:unlimited");
+    gateway.logged("the store works again").await;
+    eventually("it is written", async || stored(&file).await == 375).await;
+    gateway.metric_becomes("forebay_store_queue", 0.0).await;
+    let dropped = gateway.metric("forebay_store_dropped_total").await;
+    assert_eq!(dropped, Some(0.0));
+}
+
+#[tokio::test]
+async fn a_store_that_is_damaged_while_it_serves_begins_anew_with_what_is_known() {
+    let gpu = sim("gpu-1").await;
+    let yaml = open("forebay.db", "day: { tokens: 1M }", &one_group(&[&gpu]));
+    let gateway = Gateway::start(&yaml).await;
+    let file = gateway.folder.path().join("forebay.db");
+    for _ in 0..4 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    }
+    eventually("it is written", async || stored(&file).await == 100).await;
+    {
+        // Everything into the one file, so that it is read again.
+        let mut other = connect(&file).await;
+        sqlx::raw_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            .execute(&mut other)
+            .await
+            .unwrap();
+        let damaged = vec![b'x'; usize::try_from(fs::metadata(&file).unwrap().len()).unwrap()];
+        fs::write(&file, damaged).unwrap();
+    }
+    for _ in 0..4 {
+        assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    }
+    gateway.logged("the store is damaged").await;
+    gateway.logged("the store works again").await;
+    let errors = "forebay_store_errors_total{what=\"write\"}";
+    assert!(gateway.metric(errors).await.unwrap() > 0.0);
+    eventually("it is written", async || stored(&file).await == 200).await;
+    let names = fs::read_dir(gateway.folder.path()).unwrap();
+    let mut names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(names.any(|name| name.starts_with("forebay.db.corrupt-")));
+}
+
+#[tokio::test]
+async fn a_store_that_is_taken_away_begins_anew_with_what_is_known() {
+    let gpu = sim("gpu-1").await;
+    let yaml = open("forebay.db", "day: { tokens: 1M }", &one_group(&[&gpu]));
+    let gateway = Gateway::start(&yaml).await;
+    let file = gateway.folder.path().join("forebay.db");
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    eventually("it is written", async || stored(&file).await == 25).await;
+    for end in ["", "-wal", "-shm"] {
+        let path = gateway.folder.path().join(format!("forebay.db{end}"));
+        fs::remove_file(path).ok();
+    }
+    assert_eq!(post_chat(gateway.addr, &chat("demo")).await.status, 200);
+    gateway.logged("the store is gone").await;
+    eventually("it is written", async || {
+        file.exists() && stored(&file).await == 50
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_budget_that_makes_no_sense_is_a_mistake_and_checking_makes_no_file() {
     let gpu = sim("gpu-1").await;
     let gateway = Gateway::start(&one_group(&[&gpu])).await;

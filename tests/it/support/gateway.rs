@@ -209,6 +209,14 @@ impl Gateway {
         assert!(status.success());
     }
 
+    /// Sets one of its limits, such as `--fsize=4096:unlimited`.
+    pub fn limit(&self, limit: &str) {
+        let pid = self.pid().to_string();
+        let mut prlimit = Command::new("prlimit");
+        let set = prlimit.args(["--pid", &pid, limit]).status().unwrap();
+        assert!(set.success());
+    }
+
     /// How it exited, if it has.
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
