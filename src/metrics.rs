@@ -109,6 +109,10 @@ pub struct Metrics {
     pub bodies: IntGauge,
     /// The most of them: `limits.bodies`.
     pub bodies_max: IntGauge,
+    /// Bytes of memory that count against the nearest bound.
+    pub memory: IntGauge,
+    /// That bound; 0 if there is none.
+    pub memory_max: IntGauge,
     /// How often a limit was hit, by its name.
     pub limits: IntCounterVec,
     /// Requests that a `rate_limit` turned away, by rule and limit.
@@ -348,6 +352,14 @@ impl Metrics {
             bodies_max: all.gauge(
                 "forebay_request_bodies_bytes_max",
                 "The most bytes of requests in memory",
+            ),
+            memory: all.gauge(
+                "forebay_memory_bytes",
+                "Memory that counts against its nearest bound",
+            ),
+            memory_max: all.gauge(
+                "forebay_memory_bytes_max",
+                "The nearest bound on memory, 0 if there is none",
             ),
             limits: all.counters(
                 "forebay_limit_hits_total",

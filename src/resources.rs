@@ -8,7 +8,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::{events::Events, lifecycle::Lifecycle, metrics::Metrics, worker::Workers};
+use crate::{
+    events::Events, lifecycle::Lifecycle, memory::Memory, metrics::Metrics, worker::Workers,
+};
 
 type Shared = HashMap<(TypeId, String), Arc<dyn Any + Send + Sync>>;
 
@@ -20,6 +22,8 @@ pub struct Resources {
     pub events: Arc<Events>,
     /// Whether the process serves or stops.
     pub lifecycle: Lifecycle,
+    /// How near the end of the memory is.
+    pub(crate) memory: Memory,
     /// The threads that work beside the requests.
     pub workers: Workers,
     shared: Mutex<Shared>,
@@ -32,6 +36,7 @@ impl Resources {
             events: Arc::new(Events::new(Arc::clone(&metrics))),
             metrics,
             lifecycle: Lifecycle::new(),
+            memory: Memory::default(),
             workers: Workers::default(),
             shared: Mutex::new(HashMap::new()),
         }

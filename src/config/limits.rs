@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Size, Time};
+use super::{Share, Size, Time};
 
 /// Bounds on one request, one connection, and all of them together.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -43,6 +43,14 @@ pub struct Limits {
     /// for takeover; 503 beyond it.
     #[schemars(extend("x-min" = "1MiB", "x-max" = "1TiB"))]
     pub bodies: Size,
+    /// The most memory that the process is to take, if that is less than what the
+    /// system's control group allows it; without either nothing is watched.
+    #[schemars(extend("x-min" = "16MiB", "x-max" = "64TiB"))]
+    pub memory: Option<Size>,
+    /// From which share of that on connections are closed behind their answer.
+    pub memory_tight: Share,
+    /// From which share of it on new requests get 503.
+    pub memory_full: Share,
     /// Tries per group; the fallback group always gets at least one.
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
@@ -104,6 +112,9 @@ impl Default for Limits {
             body_timeout: Time::secs(60),
             body_rate: Size::kib(1),
             bodies: Size::mib(512),
+            memory: None,
+            memory_tight: Share(92),
+            memory_full: Share(95),
             attempts: 3,
             total_timeout: Time::secs(600),
             stream_timeout: Time::secs(1800),

@@ -149,6 +149,13 @@ impl Pass<'_> {
             );
             self.problem("limits.bodies", message);
         }
+        if limits.memory_tight > limits.memory_full {
+            let message = format!(
+                "expected at most limits.memory_full ({}), found {}: connections go first",
+                limits.memory_full, limits.memory_tight
+            );
+            self.problem("limits.memory_tight", message);
+        }
         if limits.stream_timeout <= limits.heartbeat {
             let message = format!(
                 "expected more than limits.heartbeat ({}), found {}: no stream would live to its first heartbeat",

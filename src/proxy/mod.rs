@@ -145,7 +145,8 @@ impl ProxyHttp for Proxy {
         }
         let snapshot = self.gateway.snapshot();
         let limits = &snapshot.config().limits;
-        if self.gateway.resources.lifecycle.is_leaving() {
+        let resources = &self.gateway.resources;
+        if resources.lifecycle.is_leaving() || resources.memory.is_tight() {
             session.set_keepalive(None);
         } else if session.get_keepalive().is_some() {
             // Pingora switches keep-alive off where a connection cannot be

@@ -5,7 +5,7 @@ use std::{
     borrow::Cow,
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -167,6 +167,22 @@ impl Proxy {
         served.ok_or(Left)
     }
 
+    /// Turns a request away whose memory may be the last that there is.
+    fn check_memory(&self) -> std::result::Result<(), Error> {
+        let resources = &self.gateway.resources;
+        // This one counts.
+        let others = usize::try_from(resources.metrics.in_flight.get() - 1).unwrap_or(0);
+        if resources.memory.admits(others, Instant::now()) {
+            return Ok(());
+        }
+        resources
+            .metrics
+            .limits
+            .with_label_values(&["memory"])
+            .inc();
+        Err(body::no_memory().closing())
+    }
+
     /// Everything before an upstream is chosen.
     async fn prepare(
         &self,
@@ -193,6 +209,7 @@ impl Proxy {
             let answer = local::answer(&call, &self.gateway, snapshot, &live.ctx, is_ready).await?;
             return Ok(Prepared::Local(answer));
         };
+        self.check_memory()?;
         // With lists per route the body must tell which list it is.
         let chain_is_known = !snapshot.has_route_chains();
         if chain_is_known {

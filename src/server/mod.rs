@@ -8,7 +8,10 @@ mod predecessor;
 mod sockets;
 mod successor;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use pingora::{
@@ -33,7 +36,7 @@ use crate::{
     admin::Admin,
     gateway::Gateway,
     logging::LogHandle,
-    open_files,
+    memory, open_files,
     proxy::{Connections, Edge, Proxy},
     reload::Reloader,
     upstreams::{check, resolve},
@@ -162,6 +165,8 @@ pub(crate) fn run(
     server.add_service(background_service("resolve", names));
     let checker = Checker(Arc::clone(&gateway));
     server.add_service(background_service("check", checker));
+    let memory = MemoryWatch(Arc::clone(&gateway));
+    server.add_service(background_service("memory", memory));
 
     log::info!(
         "forebay {} listens: data={} admin={} threads={threads} config={} hash={}",
@@ -291,5 +296,49 @@ impl BackgroundService for Checker {
         };
         let metrics = Arc::clone(&self.0.resources.metrics);
         check::run(live, Arc::clone(&self.0.connector), metrics, shutdown).await;
+    }
+}
+
+/// Watches how near the end of the memory is.
+struct MemoryWatch(Arc<Gateway>);
+
+#[async_trait]
+impl BackgroundService for MemoryWatch {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let watching = async {
+            let mut tick = tokio::time::interval(memory::LOOK_EVERY);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                tick.tick().await;
+                self.look();
+            }
+        };
+        tokio::select! {
+            () = watching => {}
+            // An error is a sender that is gone.
+            _ = shutdown.wait_for(|down| *down) => {}
+        }
+    }
+}
+
+impl MemoryWatch {
+    fn look(&self) {
+        let snapshot = self.0.snapshot();
+        let limits = &snapshot.config().limits;
+        let resources = &self.0.resources;
+        let taken = memory::look(limits);
+        let shown = |bytes: Option<u64>| i64::try_from(bytes.unwrap_or(0)).unwrap_or(i64::MAX);
+        let metrics = &resources.metrics;
+        metrics.memory.set(shown(taken.map(|taken| taken.used)));
+        metrics.memory_max.set(shown(taken.map(|taken| taken.most)));
+        let changed = resources.memory.note(taken, limits, Instant::now());
+        if let (Some(pressure), Some(taken)) = (changed, taken) {
+            log::warn!(
+                "memory pressure changed: to={} used={} most={}",
+                pressure.as_str(),
+                taken.used,
+                taken.most
+            );
+        }
     }
 }

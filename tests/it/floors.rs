@@ -16,6 +16,7 @@ const FLOORS: [&[&str]; 6] = [
         "client_ip",
         "pattern",
         "logging",
+        "memory",
         "open_files",
     ],
     &[

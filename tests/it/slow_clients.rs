@@ -12,7 +12,7 @@ use crate::support::{
     Connection, Gateway,
     by_hand::{ByHand, STREAM_HEAD, delta, group_of},
     chat, chat_stream, eventually,
-    http::{build, post_chat},
+    http::{build, get, post_chat},
     one_group,
     scripted::json,
     sim, soon, upstream_at,
@@ -241,6 +241,51 @@ async fn an_answer_that_is_read_whole_counts_and_gets_503_where_there_is_no_room
         }
         gateway.metric_becomes(HELD, 0.0).await;
     }
+}
+
+#[tokio::test]
+async fn near_the_end_of_its_memory_connections_are_not_kept_and_then_requests_turned_away() {
+    let sim = sim("gpu-1").await;
+    let yaml = |tight: u8, full: u8| {
+        let limits =
+            format!("limits: {{ memory: 1GiB, memory_tight: {tight}%, memory_full: {full}% }}\n");
+        format!("{limits}{}", one_group(&[&sim]))
+    };
+    let gateway = Gateway::start(&yaml(99, 100)).await;
+    let answer = post_chat(gateway.addr, &chat("demo")).await;
+    assert_eq!(answer.status, 200);
+    assert_ne!(answer.header("connection"), Some("close"));
+    assert!(gateway.metric("forebay_memory_bytes").await > Some(1e6));
+    assert!(gateway.metric("forebay_memory_bytes_max").await > Some(1e6));
+
+    gateway.write_config(&yaml(0, 100));
+    gateway.reload().await;
+    eventually("connections are not kept", || async {
+        let answer = post_chat(gateway.addr, &chat("demo")).await;
+        answer.status == 200 && answer.header("connection") == Some("close")
+    })
+    .await;
+
+    gateway.write_config(&yaml(0, 0));
+    gateway.reload().await;
+    eventually("requests are turned away", || async {
+        let answer = post_chat(gateway.addr, &chat("demo")).await;
+        answer.status == 503
+            && answer.error_code() == "gateway_overloaded"
+            && answer.header("retry-after").is_some()
+    })
+    .await;
+    gateway.logged("memory pressure changed: to=full").await;
+    assert!(gateway.metric(&hits("memory")).await >= Some(1.0));
+    assert_eq!(get(gateway.addr, "/livez").await.status, 200);
+
+    gateway.write_config(&yaml(99, 100));
+    gateway.reload().await;
+    eventually("all is well", || async {
+        let answer = post_chat(gateway.addr, &chat("demo")).await;
+        answer.status == 200 && answer.header("connection") != Some("close")
+    })
+    .await;
 }
 
 // --- answers that are read slowly ---
