@@ -68,6 +68,8 @@ pub struct RequestContext {
     pub queued: Duration,
     /// How often another upstream went on with the answer.
     pub takeovers: u32,
+    /// The group of the last that did.
+    pub taken_over_by: Option<Arc<str>>,
     /// Events with content that came from upstreams: what is known of the
     /// tokens of a stream that breaks off before its usage.
     pub content_events: u64,
@@ -103,6 +105,7 @@ impl RequestContext {
             attempts: Vec::new(),
             queued: Duration::ZERO,
             takeovers: 0,
+            taken_over_by: None,
             content_events: 0,
             own: Own::default(),
         }

@@ -89,6 +89,7 @@ impl Attempt<'_> {
         relay.committed = true;
         self.slot.token(Instant::now());
         self.ctx.takeovers += 1;
+        self.ctx.taken_over_by = Some(Arc::clone(&self.step.group.name));
         let from = &*relay.told.from;
         self.metrics
             .takeovers

@@ -259,11 +259,15 @@ impl Budget {
         let spent = Spent::of(ctx, outcome, kept.prompt);
         let mut amount = Amount::default();
         if spent.total() > 0 {
-            let last = ctx.attempts.last().map(|attempt| &*attempt.group);
-            amount = match kept.group.as_deref().or(last) {
-                Some(group) => self.amount(spent, &ctx.model, Some(group)),
-                None => self.most(spent, ctx),
-            };
+            let tried = ctx.attempts.last().map(|attempt| &*attempt.group);
+            let began = kept.group.as_deref().or(tried);
+            // Of two that wrote an answer nobody knows how much each took.
+            let wrote = [began, ctx.taken_over_by.as_deref()];
+            let wrote = wrote.into_iter().flatten();
+            let dearest = wrote
+                .map(|group| self.amount(spent, &ctx.model, Some(group)))
+                .max_by_key(|amount| amount.money);
+            amount = dearest.unwrap_or_else(|| self.most(spent, ctx));
         }
         let (zone, now) = (self.config.time_zone, SystemTime::now());
         let key = key_of(ctx);
@@ -443,6 +447,28 @@ mod tests {
         assert!((money(&ctx) - 5.0).abs() < 1e-9);
         ctx.restrict.groups = Some(["gpus".into()].into());
         assert!((money(&ctx) - 1.0).abs() < 1e-9);
+    }
+
+    #[tokio::test]
+    async fn who_goes_on_with_an_answer_has_its_price() {
+        let budget = configured(json!({ "day": { "money": 1 }, "prices": [
+            { "model": "*", "group": "gpus", "input": 1, "output": 1 },
+            { "model": "*", "group": "cloud", "input": 5, "output": 5 },
+        ] }))
+        .unwrap();
+        let mut sum = 0.0;
+        for (taken_over_by, price) in [(None, 1.0), (Some("cloud".into()), 5.0)] {
+            let mut ctx = context("");
+            budget.on_request(&mut ctx).await.unwrap_err();
+            ctx.attempts.push(attempt(Verdict::Cut));
+            ctx.taken_over_by = taken_over_by;
+            let end = outcome(Ending::Success, Some((700_000, 300_000)));
+            budget.on_finish(&mut ctx, &end).await;
+            sum += price;
+            let statement = budget.ledger.statement(SystemTime::now());
+            let used = Money(statement.keys[0].day.money).units();
+            assert!((used - sum).abs() < 1e-9, "{used} {sum}");
+        }
     }
 
     #[test]
