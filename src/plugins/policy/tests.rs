@@ -441,14 +441,29 @@ fn every_text_of_a_choice_is_looked_at_whatever_its_name() {
     assert_eq!(told(&out, 0, "content"), "one ******");
     assert_eq!(finishes(&out, 0), ["stop"]);
 
+    // Citations come in one piece, and stay in one.
+    let citation = |title: &str| json!([{ "type": "url_citation", "url_citation": { "url": "https://a.b/se", "title": title } }]);
+    let events = [
+        delta(
+            0,
+            json!({ "annotations": citation("a secret, a se") }),
+            None,
+        ),
+        delta(0, json!({}), Some("stop")),
+    ];
+    let (out, _) = stream(&mask, &mut chat(1), &events);
+    let annotations = &out[0]["choices"][0]["delta"]["annotations"];
+    assert_eq!(*annotations, citation("a ******, a se"));
+    assert_eq!(out.len(), 2);
+
     let config = json!({ "output": [{ "deny": ["secret"], "texts": ["answer", "tools"] }] });
     let deny = policy(config.clone()).unwrap();
     let call = |call: Value| json!({ "tool_calls": [call] });
     for said in [
         vec![json!({ "audio": { "transcript": "secret" } })],
         vec![
-            json!({ "brand_new": { "text": ["a sec"] } }),
-            json!({ "brand_new": { "text": ["ret"] } }),
+            json!({ "brand_new": { "text": "a sec" } }),
+            json!({ "brand_new": { "text": "ret" } }),
         ],
         vec![json!({ "content": [{ "type": "new", "words": "secret" }] })],
         vec![call(

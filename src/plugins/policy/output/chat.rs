@@ -9,7 +9,7 @@ use super::{
     read,
     texts::{Fed, Kind, Place, Rules, Texts},
     unreadable,
-    walk::{Step, is_label, nested, number_of, strings},
+    walk::{Step, is_label, is_whole, nested, number_of, strings},
 };
 use crate::{
     error::Result,
@@ -385,6 +385,7 @@ fn each_text(choice: &mut Value, see: &mut dyn FnMut(Said<'_>, &mut String)) {
                 strings(value, &mut way, &mut |way, text| {
                     let said = Said {
                         way,
+                        is_whole: is_whole(way),
                         ..Said::of(Kind::Aside, 0)
                     };
                     see(said, text);

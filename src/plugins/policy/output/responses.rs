@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{
     read,
     texts::{Fed, Kind, Place, Rules, Texts},
-    walk::{Step, is_label, nested, number_of, strings},
+    walk::{Step, is_label, is_whole, nested, number_of, strings},
 };
 use crate::{
     error::Result,
@@ -132,7 +132,11 @@ impl ResponseStream {
                     nth,
                     way: number_of(way),
                 };
-                match texts.feed(rules, hits, place, text, false) {
+                let fed = match is_whole(way) {
+                    true => Ok(rules.apply(hits, kind, text)),
+                    false => texts.feed(rules, hits, place, text, false),
+                };
+                match fed {
                     Err(error) => fail = Some(error),
                     Ok(fed) => {
                         changed |= fed.denied || fed.text != *text;

@@ -10,7 +10,10 @@ use serde_json::{Map, Value, json};
 pub(super) enum Step {
     /// Into the member of this name.
     Member(String),
-    /// Into the item with this number.
+    /// Into the item that says of itself that it is this one: more of it may
+    /// come in another event.
+    Indexed(u64),
+    /// Into the item at this place.
     Item(u64),
 }
 
@@ -62,7 +65,7 @@ pub(super) fn strings(
         Value::Array(items) => {
             for (at, item) in (0_u64..).zip(items) {
                 let named = item.get("index").and_then(Value::as_u64);
-                way.push(Step::Item(named.unwrap_or(at)));
+                way.push(named.map_or(Step::Item(at), Step::Indexed));
                 strings(item, way, see);
                 way.pop();
             }
@@ -93,12 +96,18 @@ pub(super) fn nested(way: &[Step], text: &str) -> Value {
                 members.insert(key.clone(), inner);
                 Value::Object(members)
             }
-            (Step::Item(at), Value::Object(mut members)) => {
+            (Step::Indexed(at), Value::Object(mut members)) => {
                 members.insert("index".to_owned(), json!(at));
                 json!([members])
             }
-            (Step::Item(_), inner) => json!([inner]),
+            (Step::Indexed(_) | Step::Item(_), inner) => json!([inner]),
         })
+}
+
+/// Says whether all of a text is there: lists such as those of citations come
+/// in one piece.
+pub(super) fn is_whole(way: &[Step]) -> bool {
+    way.iter().any(|step| matches!(step, Step::Item(_)))
 }
 
 /// Returns a number for a way; 0 for none.
