@@ -434,21 +434,17 @@ fn tell(job: &Job) -> Result<(Ready, usize), Skip> {
         // What a filter ended, an upstream's or ours, stops in mid-sentence.
         line.meta.partial |= line.meta.finish_reason == "content_filter";
     }
-    let wanted: [(bool, fn(&sharegpt::Line) -> bool, Skip); 2] = [
-        (job.partial, |line| !line.meta.partial, Skip::Partial),
-        (
-            job.length,
-            |line| line.meta.finish_reason != "length",
-            Skip::Length,
-        ),
-    ];
-    for (all, is_wanted, skip) in wanted {
-        if !all {
-            lines.retain(is_wanted);
-        }
-        if lines.is_empty() {
-            return Err(skip);
-        }
+    if !job.partial {
+        lines.retain(|line| !line.meta.partial);
+    }
+    if lines.is_empty() {
+        return Err(Skip::Partial);
+    }
+    if !job.length {
+        lines.retain(|line| line.meta.finish_reason != "length");
+    }
+    if lines.is_empty() {
+        return Err(Skip::Length);
     }
     // Nearly always it is one.
     let bytes = match lines.as_slice() {
