@@ -335,6 +335,7 @@ impl Gateway {
             .reloading
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        let _told = self.resources.service_manager.reloading();
         let metrics = &self.resources.metrics;
         let timer = metrics.reload_seconds.start_timer();
         let built = self.build_next();

@@ -23,7 +23,7 @@
 //! | 3 | [`gateway`], [`routes`], [`status`] | assembly: the only readers of the lists |
 //! | 2 | [`plugins`], [`upstreams`], [`dialects`] | the extension points; siblings do not import each other |
 //! | 1 | [`context`], [`events`], [`lifecycle`], [`outbound`], [`resources`], [`store`], [`worker`] | one request; what changed; whether the process serves or stops; calls to servers that are no upstreams; what outlives a snapshot; work beside the requests; what must survive the process |
-//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`sharegpt`], [`client_ip`], [`pattern`], [`logging`], `memory`, `open_files` | plain data and pure functions |
+//! | 0 | [`error`], [`metrics`], [`config`], [`openai`], [`sharegpt`], [`client_ip`], [`pattern`], [`logging`], `memory`, [`service_manager`], `open_files` | plain data and pure functions |
 //!
 //! # Life of a request
 //! 1. `proxy/edge`: the whole header within its deadline, HTTP/1.1 or h2c.
@@ -101,6 +101,7 @@ pub mod reload;
 pub mod resources;
 pub mod routes;
 pub mod server;
+pub mod service_manager;
 pub mod sharegpt;
 pub mod sim;
 pub mod status;

@@ -9,7 +9,8 @@ use std::{
 };
 
 use crate::{
-    events::Events, lifecycle::Lifecycle, memory::Memory, metrics::Metrics, worker::Workers,
+    events::Events, lifecycle::Lifecycle, memory::Memory, metrics::Metrics,
+    service_manager::ServiceManager, worker::Workers,
 };
 
 type Shared = HashMap<(TypeId, String), Arc<dyn Any + Send + Sync>>;
@@ -24,6 +25,8 @@ pub struct Resources {
     pub lifecycle: Lifecycle,
     /// How near the end of the memory is.
     pub(crate) memory: Memory,
+    /// Who started the process, and is told how it is.
+    pub service_manager: ServiceManager,
     /// The threads that work beside the requests.
     pub workers: Workers,
     shared: Mutex<Shared>,
@@ -37,6 +40,7 @@ impl Resources {
             metrics,
             lifecycle: Lifecycle::new(),
             memory: Memory::default(),
+            service_manager: ServiceManager::default(),
             workers: Workers::default(),
             shared: Mutex::new(HashMap::new()),
         }

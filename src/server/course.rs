@@ -23,23 +23,23 @@ use std::{
 use async_trait::async_trait;
 use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
 use tokio::{
-    process::Child,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     time::{sleep, timeout},
 };
 
 use super::{
-    Predecessor,
+    Predecessor, WORKERS_STOP,
     sockets::Sockets,
-    successor::{self, Failure, Program},
+    successor::{self, Failure, Program, Serving},
 };
 
 use crate::{
     config::Shutdown,
     gateway::Gateway,
-    lifecycle::{Lifecycle, Stage, Successor, Upgraded},
+    lifecycle::{Lifecycle, Stage, Upgraded},
     proxy::Connections,
+    service_manager::ServiceManager,
 };
 
 /// How often a draining process looks whether it is done.
@@ -57,6 +57,8 @@ pub(super) struct Course {
     pub(super) sockets: Sockets,
     /// Whose place this process takes.
     pub(super) predecessor: Option<Predecessor>,
+    /// Whether that has ended, or never was.
+    pub(super) alone: watch::Sender<bool>,
     pub(super) program: Program,
     /// The address of the data listener.
     pub(super) listen: String,
@@ -116,7 +118,7 @@ enum Left {
     /// It is told to stop.
     Stopped(Stop),
     /// To a successor.
-    To(Child),
+    To(Box<Serving>),
 }
 
 /// What ended a drain.
@@ -146,8 +148,14 @@ impl Course {
             None => self.serve(signals, upgrade).await,
         };
         let ended = match left {
-            Left::Stopped(stop) => self.stop(stop, signals).await,
-            Left::To(child) => self.leave(child, signals).await,
+            Left::Stopped(stop) => {
+                let ended = self.stop(stop, signals).await;
+                if ended == Ended::Idle && ServiceManager::listens() {
+                    self.outlive(signals).await;
+                }
+                ended
+            }
+            Left::To(serving) => self.leave(serving, signals).await,
         };
         if ended == Ended::Early {
             self.end_early().await;
@@ -167,9 +175,19 @@ impl Course {
             stop = signals.next() => return Some(stop),
         }
         self.lifecycle().reach(Stage::Serving);
-        if let Some(predecessor) = &self.predecessor {
-            predecessor.serving();
-        }
+        let resources = Arc::clone(&self.gateway.resources);
+        let status = format!("serving on {}", self.listen);
+        let leads = move || resources.service_manager.ready(&status);
+        let Some(predecessor) = self.predecessor.clone() else {
+            leads();
+            return None;
+        };
+        predecessor.serving();
+        let alone = self.alone.clone();
+        tokio::spawn(async move {
+            predecessor.outlive(leads).await;
+            alone.send_replace(true);
+        });
         None
     }
 
@@ -199,30 +217,35 @@ impl Course {
                     _ = upgrade.recv() => log::warn!("an upgrade is under way already"),
                 }
             };
-            let (told, child): (Upgraded, _) = match upgraded {
-                Ok((successor, child)) => (Ok(successor), Some(child)),
+            let (told, serving): (Upgraded, _) = match upgraded {
+                Ok(serving) => (Ok(serving.successor.clone()), Some(serving)),
                 Err(failure) => (Err(failure.reason), None),
             };
             if let Some(asker) = asker {
                 asker.send(told).ok();
             }
-            if let Some(child) = child {
-                return Left::To(child);
+            if let Some(serving) = serving {
+                return Left::To(Box::new(serving));
             }
         }
     }
 
     /// Starts a successor, and leaves the listeners to it if it serves.
-    async fn upgrade(&self) -> Result<(Successor, Child), Failure> {
+    async fn upgrade(&self) -> Result<Serving, Failure> {
         let path = self.program.path().display();
         log::info!("upgrade: starting {path}");
         let prepare = self.gateway.snapshot().config().upgrade.prepare.get();
-        let upgraded = successor::start(&self.program, &self.sockets, prepare).await;
-        let outcome = match &upgraded {
-            Ok((successor, _)) => {
+        let mut upgraded = successor::start(&self.program, &self.sockets, prepare).await;
+        let outcome = match &mut upgraded {
+            Ok(serving) => {
+                let successor = serving.successor.clone();
                 // Whoever comes from now on is accepted there.
                 self.lifecycle().hand_over(successor.pid);
                 self.sockets.close_all();
+                let manager = &self.gateway.resources.service_manager;
+                manager.hand_over(successor.pid);
+                // Not before: the manager hears only the main process.
+                serving.leads().await;
                 log::info!(
                     "upgraded: successor={} version={} requests_in_flight={}",
                     successor.pid,
@@ -246,7 +269,12 @@ impl Course {
     }
 
     /// Lets what is under way end when a successor serves.
-    async fn leave(&self, mut child: Child, signals: &mut Signals) -> Ended {
+    async fn leave(&self, serving: Box<Serving>, signals: &mut Signals) -> Ended {
+        // The channel stays open to the end: the successor waits for that.
+        let Serving {
+            mut child, channel, ..
+        } = *serving;
+        let _open = channel;
         tokio::spawn(async move {
             // Else it would stay as a zombie as long as this process is there.
             if let Ok(status) = child.wait().await {
@@ -270,6 +298,24 @@ impl Course {
         }
     }
 
+    /// Waits for the end of the process that this one has succeeded, if it is still
+    /// finishing what it had under way: with the main process the service ends, and
+    /// whoever is left is killed.
+    async fn outlive(&self, signals: &mut Signals) {
+        let mut alone = self.alone.subscribe();
+        if *alone.borrow() {
+            return;
+        }
+        log::info!("waiting for the process before this one to finish");
+        let drain = self.gateway.snapshot().config().shutdown.drain.get();
+        tokio::select! {
+            // The sender is here.
+            _ = alone.wait_for(|alone| *alone) => {}
+            () = sleep(drain + LAST_WORDS) => {}
+            _ = signals.next() => log::warn!("stopping at once: second signal"),
+        }
+    }
+
     /// Stops: first the lame duck, then the drain.
     async fn stop(&self, stop: Stop, signals: &mut Signals) -> Ended {
         let Shutdown { lame_duck, drain } = self.gateway.snapshot().config().shutdown.clone();
@@ -283,6 +329,8 @@ impl Course {
             self.lifecycle().requests(),
             drain.get(),
         );
+        let most = lame_duck + drain.get() + LAST_WORDS + WORKERS_STOP + PARTING;
+        self.gateway.resources.service_manager.stopping(most);
         self.lifecycle().reach(Stage::LameDuck);
         if timeout(lame_duck, signals.next()).await.is_ok() {
             log::warn!("stopping at once: second signal");

@@ -5,7 +5,8 @@
 //! In order: the old one says where it listens ([`ToSuccessor::Listening`]); the
 //! new one that it is [`Prepared`](FromSuccessor::Prepared) and what of that it
 //! wants; the old one gives it ([`ToSuccessor::Take`]); the new one accepts and
-//! says [`Serving`](FromSuccessor::Serving). Instead it may say at any time that
+//! says [`Serving`](FromSuccessor::Serving); the old one that the service manager knows
+//! of it ([`ToSuccessor::Lead`]), and keeps the channel open until it ends. Instead it may say at any time that
 //! it has [`Failed`](FromSuccessor::Failed), or end.
 //!
 //! The two may be of different versions: fields that are not known are passed
@@ -53,6 +54,8 @@ pub(super) enum ToSuccessor {
         /// In the order of the sockets.
         addresses: Vec<String>,
     },
+    /// It is the main process from now on.
+    Lead {},
 }
 
 /// What the new process says.

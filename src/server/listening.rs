@@ -19,6 +19,8 @@ use pingora::{
 };
 use tokio::sync::watch;
 
+use super::watchdog::Pulse;
+
 /// A listening service of Pingora's that accepts until a bit turns true.
 pub(super) struct Listening<A> {
     service: Service<A>,
@@ -26,6 +28,8 @@ pub(super) struct Listening<A> {
     closed: watch::Receiver<bool>,
     /// How many listeners accept.
     accepting: watch::Sender<usize>,
+    /// Beats where its connections are served.
+    pulse: Option<Pulse>,
 }
 
 impl<A> Listening<A> {
@@ -35,12 +39,14 @@ impl<A> Listening<A> {
         socket: (String, OwnedFd),
         closed: watch::Receiver<bool>,
         accepting: watch::Sender<usize>,
+        pulse: Option<Pulse>,
     ) -> Self {
         Self {
             service,
             socket: Some(socket),
             closed,
             accepting,
+            pulse,
         }
     }
 }
@@ -56,6 +62,9 @@ impl<A: ServerApp + Send + Sync + 'static> ServiceTrait for Listening<A> {
         if let (Some(fds), Some((address, socket))) = (&fds, self.socket.take()) {
             // From here on it is Pingora's, which takes it for inherited.
             fds.lock().add(address, socket.into_raw_fd());
+        }
+        if let Some(pulse) = self.pulse.take() {
+            tokio::spawn(pulse.beat());
         }
         let mut closed = self.closed.clone();
         // It waits for changes: one that came before is one too.

@@ -7,6 +7,7 @@ mod listening;
 mod predecessor;
 mod sockets;
 mod successor;
+mod watchdog;
 
 use std::{
     sync::Arc,
@@ -31,7 +32,9 @@ use tokio::{
 };
 
 pub(crate) use self::predecessor::Predecessor;
-use self::{course::Course, listening::Listening, sockets::Sockets, successor::Program};
+use self::{
+    course::Course, listening::Listening, sockets::Sockets, successor::Program, watchdog::Watchdog,
+};
 use crate::{
     admin::Admin,
     gateway::Gateway,
@@ -102,6 +105,7 @@ pub(crate) fn run(
         }),
     };
     let accepting = watch::Sender::new(0);
+    let watchdog = Watchdog::find();
 
     let threads = match config.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -147,6 +151,7 @@ pub(crate) fn run(
         socket("listen", &config.listen)?,
         lifecycle.closed(),
         accepting.clone(),
+        watchdog.as_ref().map(Watchdog::pulse),
     ));
 
     let mut admin = Service::new("admin".to_owned(), Admin::new(Arc::clone(&gateway)));
@@ -157,6 +162,7 @@ pub(crate) fn run(
         socket("admin.listen", &config.admin.listen)?,
         lifecycle.admin_closed(),
         accepting.clone(),
+        watchdog.as_ref().map(Watchdog::pulse),
     ));
 
     let reloader = Reloader::new(Arc::clone(&gateway), log);
@@ -167,6 +173,10 @@ pub(crate) fn run(
     server.add_service(background_service("check", checker));
     let memory = MemoryWatch(Arc::clone(&gateway));
     server.add_service(background_service("memory", memory));
+    if let Some(watchdog) = watchdog {
+        let told = watchdog.run_with(Arc::clone(&gateway));
+        server.add_service(background_service("watchdog", told));
+    }
 
     log::info!(
         "forebay {} listens: data={} admin={} threads={threads} config={} hash={}",
@@ -185,6 +195,7 @@ pub(crate) fn run(
         gateway,
         connections,
         sockets,
+        alone: watch::Sender::new(predecessor.is_none()),
         predecessor,
         program: Program::this(),
         listen,

@@ -11,11 +11,18 @@ use std::{
     time::Duration,
 };
 
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    time::timeout,
+};
+
 use super::handshake::{FromSuccessor, MARK, ToSuccessor, line, message, receive};
 
 /// How long the old process may take over a line; it waits for ours, and has
 /// nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take from the first connection until the service manager knows.
+const LEADS_WITHIN: Duration = Duration::from_secs(10);
 
 /// The process that started this one, to be its successor.
 #[derive(Clone, Debug)]
@@ -76,6 +83,35 @@ impl Predecessor {
         if let Err(why) = self.say(&FromSuccessor::Serving {}) {
             log::warn!("the process before this one is gone: {why}");
         }
+    }
+
+    /// Waits until this process is the main one (`leads` is called then), and until
+    /// the old one has ended.
+    pub(super) async fn outlive(&self, leads: impl FnOnce()) {
+        let channel = match self.watch() {
+            Ok(channel) => channel,
+            Err(why) => {
+                log::warn!("the process before this one cannot be watched: {why}");
+                return leads();
+            }
+        };
+        let mut channel = BufReader::new(channel);
+        let mut line = String::new();
+        // One that is of a version before that message says nothing, and closes.
+        timeout(LEADS_WITHIN, channel.read_line(&mut line))
+            .await
+            .ok();
+        leads();
+        // Whatever else it may have to say.
+        tokio::io::copy(&mut channel, &mut tokio::io::sink())
+            .await
+            .ok();
+    }
+
+    fn watch(&self) -> io::Result<tokio::net::UnixStream> {
+        let channel = self.channel.try_clone()?;
+        channel.set_nonblocking(true)?;
+        tokio::net::UnixStream::from_std(channel)
     }
 
     /// Says why this process cannot serve.

@@ -81,15 +81,39 @@ impl Failure {
     }
 }
 
-/// A successor that does not serve yet; killed if it is dropped.
+/// A successor that serves.
+pub(super) struct Serving {
+    pub(super) successor: Successor,
+    pub(super) child: Child,
+    /// Closed, it says that this process has ended.
+    pub(super) channel: BufReader<UnixStream>,
+}
+
+impl Serving {
+    /// Says that it is the main process from now on. One that is of a version
+    /// before this message does not listen, which is no error.
+    pub(super) async fn leads(&mut self) {
+        let Ok(line) = line(&ToSuccessor::Lead {}) else {
+            return;
+        };
+        if let Err(why) = self.channel.get_mut().write_all(&line).await {
+            log::warn!("the successor cannot be told that it leads: {why}");
+        }
+    }
+}
+
+/// A successor that does not serve yet.
 struct Candidate {
-    child: Option<Child>,
+    child: Unproven,
     channel: BufReader<UnixStream>,
 }
 
-impl Drop for Candidate {
+/// A process that is killed if it is dropped.
+struct Unproven(Option<Child>);
+
+impl Drop for Unproven {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
+        if let Some(child) = &mut self.0 {
             // An error is one that has ended by itself.
             child.start_kill().ok();
         }
@@ -102,7 +126,12 @@ pub(super) async fn start(
     program: &Program,
     sockets: &Sockets,
     prepare: Duration,
-) -> Result<(Successor, Child), Failure> {
+) -> Result<Serving, Failure> {
+    if std::process::id() == 1 {
+        let reason = "this is the first process of its container, which would end with it: \
+                      start another container instead";
+        return Err(Failure::new("not_started", reason));
+    }
     let mut candidate = spawn(program).map_err(|why| {
         let path = program.path.display();
         Failure::new("not_started", format!("{path} cannot be executed: {why}"))
@@ -139,10 +168,14 @@ pub(super) async fn start(
         Ok(FromSuccessor::Serving {}) => {}
         other => return Err(candidate.unfit(other, "before it served").await),
     }
-    let child = candidate.child.take();
-    let running = child.and_then(|child| Some((child.id()?, child)));
+    let Candidate { mut child, channel } = candidate;
+    let running = child.0.take().and_then(|child| Some((child.id()?, child)));
     let (pid, child) = running.ok_or_else(|| Failure::new("died", "it has ended"))?;
-    Ok((Successor { pid, version }, child))
+    Ok(Serving {
+        successor: Successor { pid, version },
+        child,
+        channel,
+    })
 }
 
 fn spawn(program: &Program) -> io::Result<Candidate> {
@@ -153,9 +186,11 @@ fn spawn(program: &Program) -> io::Result<Candidate> {
         .args(&program.arguments)
         .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
         .env(MARK, std::process::id().to_string())
+        // It names this process; without it, whoever has the interval is meant.
+        .env_remove("WATCHDOG_PID")
         .spawn()?;
     Ok(Candidate {
-        child: Some(child),
+        child: Unproven(Some(child)),
         channel,
     })
 }
@@ -194,7 +229,7 @@ impl Candidate {
             Ok(other) => return Failure::new("refused", format!("it said {other:?} {when}")),
             Err(why) => why,
         };
-        let Some(child) = &mut self.child else {
+        let Some(child) = &mut self.child.0 else {
             return Failure::new("died", why);
         };
         match timeout(EXITS_WITHIN, child.wait()).await {

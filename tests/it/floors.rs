@@ -18,6 +18,7 @@ const FLOORS: [&[&str]; 6] = [
         "logging",
         "memory",
         "open_files",
+        "service_manager",
     ],
     &[
         "context",

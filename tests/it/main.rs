@@ -48,6 +48,7 @@ mod rate_limit;
 mod reload;
 mod research;
 mod routing;
+mod service;
 mod slow_clients;
 mod smoke;
 mod smuggling;
