@@ -491,7 +491,7 @@ fn announce(old: &Snapshot, new: &Snapshot) {
         ("log.file", was.log.file != is.log.file),
     ] {
         if changed {
-            log::warn!("{key} has changed: this needs a restart");
+            log::warn!("{key} has changed: this needs a restart, or an upgrade");
         }
     }
     for warning in &new.loaded.warnings {

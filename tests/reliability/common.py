@@ -140,6 +140,35 @@ class Process:
         return len(os.listdir(f"/proc/{self.child.pid}/fd"))
 
 
+class Adopted:
+    """A process that a child of ours has started in its own place."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def poll(self):
+        """Returns None as long as it runs."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return 0
+        return 0 if state == "Z" else None
+
+    def send_signal(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout=10):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.01)
+
+
 class Sim(Process):
     """`forebay sim`, on a port that survives its death."""
 
@@ -219,9 +248,18 @@ class Gateway(Process):
         run.gateway = self
         self.fds_before, self.rss_before = self.fds(), self.rss_kib()
 
+    def adopt(self, pid):
+        """Takes the process that took over for the gateway's."""
+        if isinstance(self.child, subprocess.Popen):
+            self.started = self.child
+        self.child = Adopted(pid)
+
     def admin_get(self, path):
+        return self.admin_ask("GET", path)
+
+    def admin_ask(self, method, path):
         key = SECRETS["the admin key"]
-        return http(f"{self.admin}{path}", headers={"authorization": f"Bearer {key}"})
+        return http(f"{self.admin}{path}", method, headers={"authorization": f"Bearer {key}"})
 
     def metrics(self):
         """Returns every series with its value; the text is kept for the search for secrets."""
@@ -323,6 +361,7 @@ class Ask:
     tokens: int = 8
     key: str = SECRETS["a client's key"]
     headers: dict = field(default_factory=dict)
+    model: str = MODEL
 
     def __post_init__(self):
         number = self.run.next_number()
@@ -331,7 +370,7 @@ class Ask:
 
     def bytes(self):
         body = {
-            "model": MODEL,
+            "model": self.model,
             "messages": [{"role": "user", "content": self.question}],
             "max_tokens": self.tokens,
         }
@@ -382,6 +421,8 @@ class Client:
     def __init__(self, run, addr, source=None):
         self.run, self.addr, self.source = run, addr, source
         self.idle = []
+        # Kept connections that were closed when a request was on its way already.
+        self.closed_under = 0
 
     async def ask(self, ask, timeout=60.0):
         """Sends one request and reads its answer; never raises."""
@@ -410,6 +451,7 @@ class Client:
                 return await self._answer(reader, writer, head, answer)
             # Closed by the gateway as we asked: not a byte of an answer came.
             writer.close()
+            self.closed_under += 1
         local = (self.source, 0) if self.source else None
         reader, writer = await asyncio.open_connection(*self.addr, local_addr=local, limit=1 << 20)
         try:
@@ -534,7 +576,7 @@ class Run:
         metrics = gateway.metrics()
         panics = metrics.get("forebay_panics_total", 0.0)
         self.figure("panics", int(panics), panics == 0, "0")
-        self._check_access_log(metrics)
+        self.check_access_log(metrics)
         gateway.admin_get("/health")
         self.seen_texts["health"] = gateway.admin_get("/health")[1].decode()
         self.seen_texts["log"] = gateway.log.read_text(errors="replace")
@@ -559,7 +601,7 @@ class Run:
                 return busy
             await asyncio.sleep(0.1)
 
-    def _check_access_log(self, metrics):
+    def check_access_log(self, metrics):
         """One line for every request that was answered, none twice."""
         dropped = metrics.get("forebay_log_lines_dropped_total", 0.0)
         ids = [line["request_id"] for line in self.gateway.access_lines()]
