@@ -21,7 +21,10 @@ use tokio::{
 };
 
 use super::guarded::guarded;
-use crate::{lifecycle::turned, plugins::ResponseHead};
+use crate::{
+    lifecycle::{Lifecycle, turned},
+    plugins::ResponseHead,
+};
 
 /// What an SSE stream says to keep a connection from looking dead; comments
 /// are ignored by every client.
@@ -66,6 +69,8 @@ pub(super) struct Client<'a> {
     bytes_out: u64,
     /// When the head of an upstream's answer was sent.
     answering_since: Option<Instant>,
+    /// True when it is to go elsewhere next time.
+    leaving: watch::Receiver<bool>,
     /// Turns true when the process ends.
     ended: watch::Receiver<bool>,
     /// Whether something was sent in part, and nothing can follow it.
@@ -78,7 +83,7 @@ impl<'a> Client<'a> {
         session: &'a mut Session,
         heartbeat: Duration,
         write_timeout: Duration,
-        ended: watch::Receiver<bool>,
+        lifecycle: &Lifecycle,
     ) -> Self {
         Self {
             session,
@@ -91,7 +96,8 @@ impl<'a> Client<'a> {
             wants_position: false,
             bytes_out: 0,
             answering_since: None,
-            ended,
+            leaving: lifecycle.leaving(),
+            ended: lifecycle.ended(),
             is_broken: false,
         }
     }
@@ -227,6 +233,9 @@ impl<'a> Client<'a> {
     }
 
     async fn write_head(&mut self, head: Box<ResponseHeader>) -> Result<(), Left> {
+        if *self.leaving.borrow() {
+            self.session.set_keepalive(None);
+        }
         let sent = self.session.write_response_header(head, false);
         let sent = in_time(self.write_timeout, &mut self.ended, sent).await;
         self.is_broken = sent.is_err();

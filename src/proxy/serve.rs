@@ -154,6 +154,7 @@ impl Proxy {
                 return self.exchange(session, live, snapshot, &plan).await;
             }
             Ok(Prepared::Local(response)) => {
+                self.close_if_leaving(session);
                 let status = response.status;
                 let sent = respond::send(session, with_id(response, &live.ctx), false).await;
                 sent.map(|bytes| Done::local(status, None, bytes))
@@ -161,6 +162,7 @@ impl Proxy {
             Err(Stopped::Left) => None,
             Err(Stopped::Refused(error)) => {
                 live.tell_last(&Ended::local(error.status, error.code.clone()));
+                self.close_if_leaving(session);
                 return send_error(session, live, error).await;
             }
         };
@@ -261,6 +263,14 @@ impl Proxy {
         Ok(Prepared::Call(Box::new(plan)))
     }
 
+    /// Tells a client with its answer to go elsewhere next time, although nobody
+    /// did when it asked.
+    fn close_if_leaving(&self, session: &mut Session) {
+        if self.gateway.resources.lifecycle.is_leaving() {
+            session.set_keepalive(None);
+        }
+    }
+
     fn count_cut_short(&self) {
         let metrics = &self.gateway.resources.metrics;
         metrics.limits.with_label_values(&["shutdown_drain"]).inc();
@@ -287,7 +297,7 @@ impl Proxy {
             session,
             limits.heartbeat.get(),
             limits.write_timeout.get(),
-            self.gateway.resources.lifecycle.ended(),
+            &self.gateway.resources.lifecycle,
         );
         if streamed {
             let mut headers = respond::common_headers(&live.ctx.id);
@@ -323,6 +333,7 @@ impl Proxy {
         };
         if !client.head_is_sent() {
             live.tell_last(&Ended::local(error.status, error.code.clone()));
+            self.close_if_leaving(session);
             return send_error(session, live, error).await;
         }
         let event = error_event(&error);

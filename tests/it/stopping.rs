@@ -97,7 +97,9 @@ async fn streams_of_every_length_end_whole_and_then_the_process_does() {
     eventually("all are under way", async || gpu.records().len() == 6).await;
     gateway.signal("TERM");
     closed(&gateway).await;
-    assert_eq!(whole.answer().await.status, 200);
+    let answer = whole.answer().await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("connection"), Some("close"));
     for (tokens, mut connection) in streams {
         let answer = connection.answer().await;
         is_whole(&answer);
@@ -343,6 +345,7 @@ async fn a_failover_goes_on_while_the_process_drains() {
     let answer = connection.answer().await;
     is_whole(&answer);
     assert_eq!(answer.upstream(), "gpu-2");
+    assert_eq!(answer.header("connection"), Some("close"));
     assert_eq!(ended(&mut gateway).await, Some(0));
 }
 
