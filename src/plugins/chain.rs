@@ -48,6 +48,13 @@ struct Link {
     failures: Seldom,
 }
 
+/// Which of its turns at an answer a plugin has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Edit,
+    Annotate,
+}
+
 /// What an event of a stream has become.
 #[derive(Debug)]
 pub struct Passed {
@@ -95,7 +102,8 @@ impl Chain {
         let any = |which: fn(&Wants) -> bool| links.iter().any(|link| which(&link.wants));
         Self {
             wants: Wants {
-                edit: any(|wants| wants.edit),
+                edit: any(|wants| wants.edit || wants.annotate),
+                annotate: any(|wants| wants.annotate),
                 see: any(|wants| wants.see),
             },
             links,
@@ -167,7 +175,8 @@ impl Chain {
         }
     }
 
-    /// Offers an event to the plugins that want to change it, last plugin first.
+    /// Offers an event to the plugins that want to change it, last plugin first,
+    /// and what has become of it to those that annotate.
     ///
     /// # Errors
     /// The first plugin's that fails.
@@ -178,17 +187,32 @@ impl Chain {
             ended: false,
         };
         apart(bytes, || {
-            for (place, link) in self.links.iter().enumerate().rev() {
-                if link.wants.edit {
-                    ctx.own.enter(place);
-                    passed = self.pass(link, ctx, passed)?;
-                }
+            for (turn, place, link) in self.turns() {
+                ctx.own.enter(place);
+                passed = self.pass(turn, link, ctx, passed)?;
             }
             Ok(passed)
         })
     }
 
-    fn pass(&self, link: &Link, ctx: &mut RequestContext, given: Passed) -> Result<Passed> {
+    /// Returns the plugins that change answers, in the order in which they do,
+    /// with their places in the list.
+    fn turns(&self) -> impl Iterator<Item = (Turn, usize, &Link)> {
+        let links = || self.links.iter().enumerate().rev();
+        let edits = links().filter(|(_, link)| link.wants.edit);
+        let annotates = links().filter(|(_, link)| link.wants.annotate);
+        edits
+            .map(|(place, link)| (Turn::Edit, place, link))
+            .chain(annotates.map(|(place, link)| (Turn::Annotate, place, link)))
+    }
+
+    fn pass(
+        &self,
+        turn: Turn,
+        link: &Link,
+        ctx: &mut RequestContext,
+        given: Passed,
+    ) -> Result<Passed> {
         let began = Instant::now();
         let mut out = Vec::with_capacity(given.frames.len());
         let mut ended = given.ended;
@@ -198,8 +222,9 @@ impl Chain {
                 continue;
             }
             let before = out.len();
-            let came = catch_unwind(AssertUnwindSafe(|| {
-                link.plugin.on_event(ctx, &frame, &mut out)
+            let came = catch_unwind(AssertUnwindSafe(|| match turn {
+                Turn::Edit => link.plugin.on_event(ctx, &frame, &mut out),
+                Turn::Annotate => link.plugin.annotate_event(ctx, &frame, &mut out),
             }));
             match came.unwrap_or_else(|_payload| Err(self.panicked())) {
                 Ok(Pass::On) => {}
@@ -230,7 +255,7 @@ impl Chain {
     }
 
     /// Offers a whole answer to the plugins that want to change it, last plugin
-    /// first.
+    /// first, and what has become of it to those that annotate.
     ///
     /// # Errors
     /// The first plugin's that fails.
@@ -239,15 +264,16 @@ impl Chain {
     }
 
     fn body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
-        for (place, link) in self.links.iter().enumerate().rev() {
-            if !link.wants.edit {
-                continue;
-            }
+        for (turn, place, link) in self.turns() {
             ctx.own.enter(place);
             let began = Instant::now();
             let before = body.clone();
             let came = catch_unwind(AssertUnwindSafe(|| {
-                link.plugin.on_body(ctx, body).map(|()| Flow::Continue)
+                let done = match turn {
+                    Turn::Edit => link.plugin.on_body(ctx, body),
+                    Turn::Annotate => link.plugin.annotate_body(ctx, body),
+                };
+                done.map(|()| Flow::Continue)
             }));
             if self.judge(link, Hook::Body, came, began, ctx)?.is_none() {
                 *body = before;
@@ -466,7 +492,7 @@ mod tests {
     use crate::context::Ending;
 
     /// What a test's plugin does when it is called.
-    #[derive(Clone, Copy)]
+    #[derive(Clone, Copy, PartialEq)]
     enum Does {
         Nothing,
         Refuse,
@@ -476,9 +502,11 @@ mod tests {
         Double,
         /// Ends the stream at the first event.
         End,
+        /// Annotates.
+        Note,
     }
 
-    use Does::{Double, End, Fail, Nothing, Panic, Refuse};
+    use Does::{Double, End, Fail, Note, Nothing, Panic, Refuse};
 
     struct Toy {
         name: &'static str,
@@ -499,7 +527,7 @@ mod tests {
                     "it is broken",
                 )),
                 Panic => panic!("in a plugin"),
-                Nothing | Double | End => Ok(()),
+                Nothing | Double | End | Note => Ok(()),
             }
         }
     }
@@ -519,8 +547,24 @@ mod tests {
         fn wants(&self) -> Wants {
             Wants {
                 edit: true,
+                annotate: self.does == Note,
                 see: true,
             }
+        }
+
+        fn annotate_event(
+            &self,
+            ctx: &mut RequestContext,
+            event: &Frame,
+            out: &mut Vec<Frame>,
+        ) -> Result<Pass> {
+            assert_eq!(ctx.own.get(), Some(&self.name));
+            out.push(event.clone());
+            self.act("note").map(|()| Pass::On)
+        }
+
+        fn annotate_body(&self, _ctx: &mut RequestContext, _body: &mut Bytes) -> Result<()> {
+            self.act("note body")
         }
 
         fn on_event(
@@ -682,6 +726,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_annotates_comes_behind_all_who_edit_wherever_he_stands() {
+        for order in [["a", "b"], ["b", "a"]] {
+            let plugins = order.map(|name| match name {
+                "a" => ("a", Note, Closed),
+                _ => ("b", Double, Closed),
+            });
+            let mut bench = bench(&plugins);
+            assert!(bench.request().await.is_ok());
+            bench.calls.lock().unwrap().clear();
+            let event = Frame::of_data(b"{}");
+            let passed = bench.chain.on_event(&mut bench.ctx, event).unwrap();
+            assert_eq!(raws(&passed).len(), 2);
+            assert!(bench.calls().ends_with("event, a note, a note"));
+            let mut body = Bytes::from_static(b"x");
+            bench.chain.on_body(&mut bench.ctx, &mut body).unwrap();
+            assert!(bench.calls().ends_with("body, a note body"));
+        }
+    }
+
+    #[tokio::test]
     async fn a_stream_that_a_plugin_ends_has_its_last_event() {
         let mut bench = bench(&[("a", Double, Closed), ("b", End, Closed)]);
         assert!(bench.request().await.is_ok());
@@ -729,6 +793,7 @@ mod tests {
         fn wants(&self) -> Wants {
             Wants {
                 edit: true,
+                annotate: false,
                 see: false,
             }
         }

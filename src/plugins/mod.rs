@@ -6,7 +6,7 @@
 //! 2. For each request the hooks of [`Plugin`] run: [`on_headers`],
 //!    [`on_parsed`] and [`on_request`] in the order of the list,
 //!    [`on_response`], [`on_event`], [`on_body`], [`on_last`] and [`on_finish`]
-//!    in reverse.
+//!    in reverse, [`annotate_event`] and [`annotate_body`] behind all edits.
 //!    The [`Chain`] measures each of them and catches their panics.
 //! 3. It is dropped with the last request of the last snapshot that holds it.
 //!
@@ -21,6 +21,8 @@
 //! [`on_response`]: Plugin::on_response
 //! [`on_event`]: Plugin::on_event
 //! [`on_body`]: Plugin::on_body
+//! [`annotate_event`]: Plugin::annotate_event
+//! [`annotate_body`]: Plugin::annotate_body
 //! [`on_last`]: Plugin::on_last
 //! [`on_finish`]: Plugin::on_finish
 
@@ -163,6 +165,34 @@ pub trait Plugin: Send + Sync {
         Ok(())
     }
 
+    /// Runs like [`on_event`](Self::on_event), if [`Wants::annotate`], on what
+    /// has become of the events when every plugin that edits has had its turn:
+    /// the place to say where in the text something stands. Must leave the text
+    /// as it is, and must not block.
+    ///
+    /// # Errors
+    /// An error ends the stream with an error event.
+    fn annotate_event(
+        &self,
+        ctx: &mut RequestContext,
+        event: &Frame,
+        out: &mut Vec<Frame>,
+    ) -> Result<Pass> {
+        let _ = ctx;
+        out.push(event.clone());
+        Ok(Pass::On)
+    }
+
+    /// Runs like [`on_body`](Self::on_body), if [`Wants::annotate`], behind every
+    /// plugin that edits. Must leave the text as it is, and must not block.
+    ///
+    /// # Errors
+    /// An error takes the answer's place.
+    fn annotate_body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
+        let _ = (ctx, body);
+        Ok(())
+    }
+
     /// Runs for everything of an answer that goes to the client, as it goes, if
     /// [`Wants::see`]: after all edits, wherever in the list the plugin stands.
     /// Must not block.
@@ -230,6 +260,9 @@ pub trait Plugin: Send + Sync {
 pub struct Wants {
     /// To change them: [`Plugin::on_event`] and [`Plugin::on_body`].
     pub edit: bool,
+    /// To add to them what speaks of places in them: [`Plugin::annotate_event`]
+    /// and [`Plugin::annotate_body`].
+    pub annotate: bool,
     /// To see what the client gets: [`Plugin::on_sent`].
     pub see: bool,
 }

@@ -158,6 +158,130 @@ async fn results_reach_the_model_and_citations_the_client() {
     }
 }
 
+/// The texts that the annotations of an answer to `both` point at, and the URLs.
+fn cited(text: &str, annotations: &Value) -> Vec<(String, String)> {
+    let all = annotations.as_array().into_iter().flatten();
+    all.map(|annotation| {
+        let citation = &annotation["url_citation"];
+        let [start, end] = ["start_index", "end_index"]
+            .map(|key| usize::try_from(citation[key].as_u64().unwrap()).unwrap());
+        let place: String = text.chars().skip(start).take(end - start).collect();
+        (place, citation["url"].as_str().unwrap().to_owned())
+    })
+    .collect()
+}
+
+/// All annotations of a streamed answer.
+fn annotations_of(answer: &Answer) -> Value {
+    let events = answer.events();
+    let events = events.iter().filter(|event| *event != "[DONE]");
+    events
+        .filter_map(|event| {
+            let event: Value = serde_json::from_str(event).unwrap();
+            let found = &event["choices"][0]["delta"]["annotations"];
+            found.is_array().then(|| found.clone())
+        })
+        .next()
+        .unwrap_or(Value::Null)
+}
+
+#[tokio::test]
+async fn annotations_are_of_the_text_as_other_plugins_left_it_in_any_order() {
+    let engine = Scripted::always(results()).await;
+    let words = [
+        "Our secret pro",
+        "ject, says [",
+        "1",
+        "], is gre",
+        "at [2]. Title 3",
+    ];
+    let upstream = upstream_saying(&words).await;
+    let rag = format!("rag: {{ retrievers: [{}] }}", searxng(engine.addr));
+    let place = |n: usize| (format!("[{n}]"), format!("https://{n}.example.com/"));
+    for (rule, text, expected) in [
+        (
+            "{ replace: [\"secret project\"], with: x }",
+            "Our x, says [1], is great [2]. Title 3",
+            vec![place(1), place(2)],
+        ),
+        (
+            "{ replace: [\"says\"], with: \"does say, as far as we know,\" }",
+            "Our secret project, does say, as far as we know, [1], is great [2]. Title 3",
+            vec![place(1), place(2)],
+        ),
+        (
+            "{ mask: [\"pro.ect\"] }",
+            "Our secret *******, says [1], is great [2]. Title 3",
+            vec![place(1), place(2)],
+        ),
+        // What is taken out cites nothing.
+        (
+            "{ replace: [\", says .1.\"], with: \"\" }",
+            "Our secret project, is great [2]. Title 3",
+            vec![place(2)],
+        ),
+        (
+            "{ deny: [\"great\"] }",
+            "Our secret project, says [1], is ",
+            vec![],
+        ),
+    ] {
+        let policy = format!("policy: {{ output: [{rule}] }}");
+        for list in [[&policy, &rag], [&rag, &policy]] {
+            let list = format!(
+                "plugins:\n  - auth: none\n  - {}\n  - {}\n",
+                list[0], list[1]
+            );
+            let gateway = Gateway::start(&(list.clone() + &both(&upstream))).await;
+            let whole = post_to(&gateway, &ask("whole", RESEARCH)).await;
+            let message = whole.json()["choices"][0]["message"].clone();
+            assert_eq!(message["content"], text, "{list}");
+            assert_eq!(cited(text, &message["annotations"]), expected, "{list}");
+            let more = format!("{RESEARCH},\"stream\":true");
+            let streamed = post_to(&gateway, &ask("streamed", &more)).await;
+            assert_eq!(streamed.content(), text, "{list}");
+            let annotations = annotations_of(&streamed);
+            assert_eq!(cited(text, &annotations), expected, "{list}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn rules_about_answers_see_the_list_of_sources_before_it_is_annotated() {
+    let engine = Scripted::always(results()).await;
+    let upstream = upstream_saying(&["No idea."]).await;
+    let list = format!(
+        "plugins:\n  - auth: none\n  - policy: {{ output: [{{ replace: [\"Title\"], with: \"T\" }}] }}\n  - rag: {{ retrievers: [{}], results: 2 }}\n",
+        searxng(engine.addr)
+    );
+    let gateway = Gateway::start(&(list + &both(&upstream))).await;
+    let text =
+        "No idea.\n\nSources:\n[1] T 1 - https://1.example.com/\n[2] T 2 - https://2.example.com/";
+    let expected = [1, 2].map(|n| (format!("[{n}]"), format!("https://{n}.example.com/")));
+    let whole = post_to(&gateway, &ask("whole", RESEARCH)).await;
+    let message = whole.json()["choices"][0]["message"].clone();
+    assert_eq!(message["content"], text);
+    assert_eq!(cited(text, &message["annotations"]), expected);
+    let more = format!("{RESEARCH},\"stream\":true");
+    let streamed = post_to(&gateway, &ask("streamed", &more)).await;
+    assert_eq!(streamed.content(), text);
+    assert_eq!(cited(text, &annotations_of(&streamed)), expected);
+}
+
+#[tokio::test]
+async fn research_mode_is_ours_whether_it_counts_or_not() {
+    let upstream = sim("gpu-1").await;
+    let rag = with("{ triggers: [header], retrievers: [duckduckgo] }");
+    let gateway = Gateway::start(&(rag + &one_group(&[&upstream]))).await;
+    for value in ["true", "false", "\"yes\""] {
+        let more = format!(",\"research_mode\":{value}");
+        let answer = post_to(&gateway, &ask("demo", &more)).await;
+        assert_eq!((answer.status, told(&answer)), (200, "-"));
+        let sent = upstream.records().last().unwrap().json();
+        assert_eq!(sent.get("research_mode"), None, "{sent}");
+    }
+}
+
 #[tokio::test]
 async fn an_answer_that_cites_nothing_ends_with_its_sources() {
     let engine = Scripted::always(results()).await;

@@ -203,6 +203,7 @@ impl Plugin for Capture {
     fn wants(&self) -> Wants {
         Wants {
             edit: false,
+            annotate: false,
             see: true,
         }
     }

@@ -191,6 +191,7 @@ impl Plugin for Policy {
     fn wants(&self) -> Wants {
         Wants {
             edit: !self.output.list.is_empty(),
+            annotate: false,
             see: false,
         }
     }

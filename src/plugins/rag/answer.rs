@@ -1,6 +1,10 @@
 //! What becomes of an answer to a request that was searched for: its citations
 //! as annotations, and the list of sources.
 //!
+//! Both are added in a turn of their own: the list where the plugin stands, since
+//! it is text, which others may have rules about; the annotations behind every
+//! edit, since they say where in the text something stands.
+//!
 //! **Invariant:** the words of the model are never changed, only added to, at
 //! their end; a call of a tool, and an answer of a given form, is left as it is.
 
@@ -28,6 +32,16 @@ const OTHER_ENDS: [&str; 4] = ["tool_calls", "function_call", "content_filter", 
 pub(super) struct Citing {
     pub(super) found: Arc<Found>,
     pub(super) sources: Sources,
+    pub(super) adds: Adds,
+}
+
+/// What is added to an answer in one turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Adds {
+    /// The list of sources.
+    Sources,
+    /// The annotations, of the list too.
+    Annotations,
 }
 
 /// What is added to one text.
@@ -50,31 +64,34 @@ impl Citing {
     }
 
     /// Returns what is added to a text that has been read to its end.
-    pub(super) fn addition(&self, reader: &mut Reader, shape: Shape, end: &str) -> Addition {
+    pub(super) fn addition(&self, reader: &Reader, shape: Shape, end: &str) -> Addition {
+        let mut addition = Addition::default();
         if reader.is_empty() || OTHER_ENDS.contains(&end) {
-            return Addition::default();
+            return addition;
         }
+        match self.adds {
+            Adds::Annotations => addition.annotations = annotations(reader, &self.found, shape),
+            Adds::Sources if self.lists(reader) => {
+                // Code that was never closed is no reason to leave these out.
+                addition.text = reader.end_of_code();
+                addition.text.push_str(&list_of_sources(&self.found));
+            }
+            Adds::Sources => {}
+        }
+        addition
+    }
+
+    fn lists(&self, reader: &Reader) -> bool {
         let wanted = match self.sources {
             Sources::Always => true,
             Sources::WhenUncited => reader.citations.is_empty(),
             Sources::Never => false,
         };
-        let mut text = String::new();
-        if wanted && !self.found.sources.is_empty() {
-            text = list_of_sources(&self.found);
-            // Code that was never closed is no reason to leave these out.
-            let at = reader.chars_so_far();
-            let mut list = self.reader();
-            list.take(&text);
-            reader.append(&list, at);
-        }
-        Addition {
-            text,
-            annotations: annotations(reader, &self.found, shape),
-        }
+        // Behind nothing but reasoning there is no answer that they are of.
+        wanted && !self.found.sources.is_empty() && !reader.is_thinking()
     }
 
-    /// Returns an answer with its annotations; `None` if nothing changes.
+    /// Returns an answer with what is added to it; `None` if nothing changes.
     pub(super) fn whole(&self, endpoint: Endpoint, body: &Bytes) -> Option<Bytes> {
         let mut edits = Vec::new();
         let all = Span {
@@ -97,6 +114,12 @@ impl Citing {
                     let found = member(body, at, b"type").map(|kind| kind.of(body));
                     found.and_then(json::text).as_deref() == Some(kind)
                 };
+                let details = member(body, all, b"incomplete_details");
+                let reason = details.and_then(|details| member(body, details, b"reason"));
+                let reason = reason.and_then(|reason| json::text(reason.of(body)));
+                if reason.is_some_and(|reason| OTHER_ENDS.contains(&&*reason)) {
+                    return None;
+                }
                 let output = items(body, member(body, all, b"output")?);
                 for item in output.into_iter().filter(|item| is(*item, "message")) {
                     let Some(content) = member(body, item, b"content") else {
@@ -148,7 +171,7 @@ impl Citing {
         };
         let mut reader = self.reader();
         reader.take(&text);
-        let addition = self.addition(&mut reader, Shape::Chat, &end);
+        let addition = self.addition(&reader, Shape::Chat, &end);
         append_text(at, &addition.text, edits);
     }
 
@@ -166,7 +189,7 @@ impl Citing {
         };
         let mut reader = self.reader();
         reader.take(&text);
-        let addition = self.addition(&mut reader, shape, end);
+        let addition = self.addition(&reader, shape, end);
         append_text(at, &addition.text, edits);
         if addition.annotations.is_empty() {
             return;
@@ -277,7 +300,9 @@ pub(super) mod tests {
     use super::*;
     use crate::plugins::rag::retrievers::Hit;
 
-    pub(in super::super) fn citing(sources: Sources) -> Citing {
+    pub(in super::super) const TURNS: [Adds; 2] = [Adds::Sources, Adds::Annotations];
+
+    pub(in super::super) fn citing(sources: Sources, adds: Adds) -> Citing {
         let hit = |nth: usize| Hit {
             title: format!("T{nth}"),
             url: format!("https://{nth}.test/"),
@@ -286,12 +311,19 @@ pub(super) mod tests {
         Citing {
             found: Arc::new(Found::of(vec![hit(1), hit(2)], 2, 100)),
             sources,
+            adds,
         }
     }
 
     fn whole(endpoint: Endpoint, body: &str, sources: Sources) -> Option<String> {
-        let body = Bytes::copy_from_slice(body.as_bytes());
-        let out = citing(sources).whole(endpoint, &body)?;
+        let given = Bytes::copy_from_slice(body.as_bytes());
+        let mut out = given.clone();
+        for adds in TURNS {
+            out = citing(sources, adds).whole(endpoint, &out).unwrap_or(out);
+        }
+        if out == given {
+            return None;
+        }
         let text = String::from_utf8(out.to_vec()).unwrap();
         serde_json::from_str::<Value>(&text).unwrap();
         Some(text)
@@ -355,6 +387,12 @@ pub(super) mod tests {
         let open = chat(r#"{"content":"```\ncode"}"#, r#""stop""#).unwrap();
         let open: Value = serde_json::from_str(&open).unwrap();
         assert_eq!(open["annotations"].as_array().unwrap().len(), 2);
+        let text = open["content"].as_str().unwrap();
+        assert!(
+            text.starts_with("```\ncode\n```\n\nSources:\n[1]"),
+            "{text}"
+        );
+        assert_eq!(chat(r#"{"content":"<think>so"}"#, r#""length""#), None);
     }
 
     #[test]
@@ -389,8 +427,10 @@ pub(super) mod tests {
             "{\"choices\":[7,{}]}",
         ] {
             let body = Bytes::copy_from_slice(body.as_bytes());
-            let citing = citing(Sources::Always);
-            assert_eq!(citing.whole(Endpoint::ChatCompletions, &body), None);
+            for adds in TURNS {
+                let citing = citing(Sources::Always, adds);
+                assert_eq!(citing.whole(Endpoint::ChatCompletions, &body), None);
+            }
         }
     }
 
@@ -425,6 +465,12 @@ pub(super) mod tests {
             json!([{ "type": "url_citation", "start_index": 2, "end_index": 5, "url": "https://1.test/", "title": "T1" }])
         );
         assert_eq!(out["output"][0]["content"][0].get("annotations"), None);
+        let denied = body.replacen(
+            '{',
+            r#"{"incomplete_details":{"reason":"content_filter"},"#,
+            1,
+        );
+        assert_eq!(whole(Endpoint::Responses, &denied, Sources::Always), None);
         let body = r#"{"choices":[{"text":"y","finish_reason":"stop"}]}"#;
         let out = whole(Endpoint::Completions, body, Sources::WhenUncited).unwrap();
         assert!(out.contains(r#""text":"y\n\nSources:\n[1] T1"#) && !out.contains("annotations"));

@@ -50,6 +50,8 @@ struct Code {
     /// Backticks in a row.
     ticks: usize,
     fenced: bool,
+    /// How many opened the fence.
+    fence: usize,
     inline: bool,
 }
 
@@ -63,8 +65,9 @@ impl Code {
             0 => {}
             1 | 2 if !self.fenced => self.inline = !self.inline,
             1 | 2 => {}
-            _ => {
+            ticks => {
                 self.fenced = !self.fenced;
+                self.fence = ticks;
                 self.inline = false;
             }
         }
@@ -91,20 +94,19 @@ impl Reader {
         self.chars == 0
     }
 
-    /// Returns how many characters have come.
-    pub(super) fn chars_so_far(&self) -> usize {
-        self.chars
+    /// Returns whether all that has come is reasoning that has not ended.
+    pub(super) fn is_thinking(&self) -> bool {
+        self.thinking
     }
 
-    /// Adds what was found in a text that comes behind.
-    pub(super) fn append(&mut self, other: &Self, at: usize) {
-        let shifted = other.citations.iter().map(|citation| Citation {
-            start: at + citation.start,
-            end: at + citation.end,
-            ..*citation
-        });
-        self.citations.extend(shifted);
-        self.chars = at + other.chars;
+    /// Returns what ends a block of code that is open: empty if none is.
+    pub(super) fn end_of_code(&self) -> String {
+        let mut code = self.code.clone();
+        code.take('\n');
+        match code.fenced {
+            true => format!("\n{}", "`".repeat(code.fence)),
+            false => String::new(),
+        }
     }
 
     /// Reads the next piece.

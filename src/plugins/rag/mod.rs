@@ -30,7 +30,7 @@ mod search;
 mod settings;
 mod stream;
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -38,7 +38,7 @@ use http::{HeaderName, HeaderValue};
 use tokio::sync::Semaphore;
 
 use self::{
-    answer::Citing,
+    answer::{Adds, Citing},
     cache::Cache,
     inject::Cite,
     responses::ResponseStream,
@@ -90,8 +90,14 @@ struct Wish {
     results: Option<usize>,
 }
 
-/// What is kept of a request that was searched for.
+/// What is kept of a request that was searched for: both turns at its answer.
 struct Answering {
+    sources: Adding,
+    annotations: Adding,
+}
+
+/// One turn at an answer.
+struct Adding {
     citing: Citing,
     chat: ChatStream,
     responses: ResponseStream,
@@ -172,10 +178,12 @@ impl Plugin for Rag {
         if self.takes(Trigger::Header) {
             wish.note(header_flag(ctx.headers.get_all(RESEARCH).iter())?);
         }
-        if self.takes(Trigger::ResearchMode)
-            && let Some(value) = request.get(RESEARCH_MODE)
-        {
-            wish.note(body_flag(value)?);
+        if let Some(value) = request.get(RESEARCH_MODE) {
+            if self.takes(Trigger::ResearchMode) {
+                wish.note(body_flag(value)?);
+            }
+            // A word of ours: no upstream knows it, and some refuse what they
+            // do not know.
             edits.push(Edit::remove(RESEARCH_MODE));
         }
         if self.takes(Trigger::Suffix)
@@ -232,6 +240,7 @@ impl Plugin for Rag {
     fn wants(&self) -> Wants {
         Wants {
             edit: true,
+            annotate: true,
             see: false,
         }
     }
@@ -242,30 +251,27 @@ impl Plugin for Rag {
         event: &Frame,
         out: &mut Vec<Frame>,
     ) -> Result<Pass> {
-        let endpoint = ctx.request.as_ref().map(|request| request.endpoint);
-        match (endpoint, ctx.own.get_mut::<Answering>()) {
-            (Some(Endpoint::Responses), Some(answering)) => {
-                let Answering {
-                    citing, responses, ..
-                } = answering;
-                responses.take(citing, event, out);
-            }
-            (Some(endpoint), Some(answering)) => {
-                let Answering { citing, chat, .. } = answering;
-                chat.take(citing, endpoint, event, out);
-            }
-            _ => out.push(event.clone()),
-        }
+        event_of(ctx, Adds::Sources, event, out);
         Ok(Pass::On)
     }
 
     fn on_body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
-        let endpoint = ctx.request.as_ref().map(|request| request.endpoint);
-        if let (Some(endpoint), Some(answering)) = (endpoint, ctx.own.get::<Answering>())
-            && let Some(annotated) = answering.citing.whole(endpoint, body)
-        {
-            *body = annotated;
-        }
+        body_of(ctx, Adds::Sources, body);
+        Ok(())
+    }
+
+    fn annotate_event(
+        &self,
+        ctx: &mut RequestContext,
+        event: &Frame,
+        out: &mut Vec<Frame>,
+    ) -> Result<Pass> {
+        event_of(ctx, Adds::Annotations, event, out);
+        Ok(Pass::On)
+    }
+
+    fn annotate_body(&self, ctx: &mut RequestContext, body: &mut Bytes) -> Result<()> {
+        body_of(ctx, Adds::Annotations, body);
         Ok(())
     }
 
@@ -350,16 +356,58 @@ impl Rag {
             return Told::Skipped;
         }
         if cite == Cite::Numbers {
-            ctx.own.put(Answering {
+            let adding = |adds| Adding {
                 citing: Citing {
-                    found,
+                    found: Arc::clone(&found),
                     sources: self.sources,
+                    adds,
                 },
                 chat: ChatStream::default(),
                 responses: ResponseStream::default(),
+            };
+            ctx.own.put(Answering {
+                sources: adding(Adds::Sources),
+                annotations: adding(Adds::Annotations),
             });
         }
         told
+    }
+}
+
+impl Answering {
+    /// Returns a turn at an answer, unless there is nothing in it for that.
+    fn turn(&mut self, adds: Adds, endpoint: Endpoint) -> Option<&mut Adding> {
+        match (adds, endpoint) {
+            (Adds::Sources, _) => Some(&mut self.sources),
+            // Completions have no annotations.
+            (Adds::Annotations, Endpoint::Completions) => None,
+            (Adds::Annotations, _) => Some(&mut self.annotations),
+        }
+    }
+}
+
+/// Adds to an event of a stream.
+fn event_of(ctx: &mut RequestContext, adds: Adds, event: &Frame, out: &mut Vec<Frame>) {
+    let endpoint = ctx.request.as_ref().map(|request| request.endpoint);
+    let answering = ctx.own.get_mut::<Answering>();
+    let turn = endpoint
+        .zip(answering)
+        .and_then(|(endpoint, answering)| Some((endpoint, answering.turn(adds, endpoint)?)));
+    match turn {
+        Some((Endpoint::Responses, turn)) => turn.responses.take(&turn.citing, event, out),
+        Some((endpoint, turn)) => turn.chat.take(&turn.citing, endpoint, event, out),
+        None => out.push(event.clone()),
+    }
+}
+
+/// Adds to a whole answer.
+fn body_of(ctx: &mut RequestContext, adds: Adds, body: &mut Bytes) {
+    let endpoint = ctx.request.as_ref().map(|request| request.endpoint);
+    if let (Some(endpoint), Some(answering)) = (endpoint, ctx.own.get_mut::<Answering>())
+        && let Some(turn) = answering.turn(adds, endpoint)
+        && let Some(more) = turn.citing.whole(endpoint, body)
+    {
+        *body = more;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Citations in a stream of a response: where a text ends come the sources, if
-//! they are to be listed, and one event for each annotation; the events that
-//! repeat the text say them too, and all later events count on.
+//! they are to be listed, and in the turn for them one event for each annotation;
+//! the events that repeat the text say them too, and all later events count on.
 
 use std::collections::BTreeMap;
 
@@ -109,7 +109,7 @@ impl ResponseStream {
         else {
             return;
         };
-        let addition = citing.addition(&mut part.reader, Shape::Responses, "");
+        let addition = citing.addition(&part.reader, Shape::Responses, "");
         part.addition = Some(addition.clone());
         let mut put = |name: &str, more: &[(&str, Value)]| {
             let mut new = json!({ "type": name });
@@ -225,7 +225,10 @@ fn named(name: &str, event: &Value) -> Frame {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{answer::tests::citing, settings::Sources},
+        super::{
+            answer::tests::{TURNS, citing},
+            settings::Sources,
+        },
         *,
     };
 
@@ -252,16 +255,19 @@ mod tests {
                 r#"{{"type":"response.completed","sequence_number":5,"response":{{"output":[{item}]}}}}"#
             ),
         ];
-        let citing = citing(sources);
-        let mut stream = ResponseStream::default();
-        let mut out = Vec::new();
-        for event in &events {
-            let event: Value = serde_json::from_str(event).unwrap();
-            stream.take(
-                &citing,
-                &named(event["type"].as_str().unwrap(), &event),
-                &mut out,
-            );
+        let events = events.iter();
+        let mut out: Vec<_> = events
+            .map(|event| {
+                let event: Value = serde_json::from_str(event).unwrap();
+                named(event["type"].as_str().unwrap(), &event)
+            })
+            .collect();
+        for adds in TURNS {
+            let citing = citing(sources, adds);
+            let mut stream = ResponseStream::default();
+            for event in std::mem::take(&mut out) {
+                stream.take(&citing, &event, &mut out);
+            }
         }
         for frame in &out {
             let event: Value = serde_json::from_slice(frame.data.as_ref().unwrap()).unwrap();

@@ -12,7 +12,8 @@ use crate::config::{PluginEntry, Size, Time};
 pub struct RagConfig {
     /// Whether a request has to ask for a search, or has to ask for none.
     pub when: When,
-    /// The ways in which a request may ask for a search.
+    /// The ways in which a request may ask for a search. `research_mode` never
+    /// goes on to an upstream, also where it is none of them.
     #[schemars(length(max = 4))]
     pub triggers: Vec<Trigger>,
     /// Where to search: the first, and the next where one fails.

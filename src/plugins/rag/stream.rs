@@ -1,6 +1,6 @@
 //! Citations in a stream of chat or text completions: every event passes as it
 //! came; before the one with the finish reason come the sources, if they are to
-//! be listed, and an event with all annotations.
+//! be listed, and in the turn for them an event with all annotations.
 
 use std::collections::BTreeMap;
 
@@ -121,7 +121,7 @@ impl ChatStream {
                 if choice.calls_tools {
                     return Addition::default();
                 }
-                citing.addition(&mut choice.reader, Shape::Chat, end)
+                citing.addition(&choice.reader, Shape::Chat, end)
             }
             _ => Addition::default(),
         }
@@ -199,21 +199,24 @@ fn choices_of(event: &mut Value) -> impl Iterator<Item = &mut Map<String, Value>
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{answer::tests::citing, settings::Sources},
+        super::{
+            answer::tests::{TURNS, citing},
+            settings::Sources,
+        },
         *,
     };
 
     fn run(sources: Sources, endpoint: Endpoint, events: &[&str]) -> Vec<String> {
-        let citing = citing(sources);
-        let mut stream = ChatStream::default();
-        let mut out = Vec::new();
-        for event in events {
-            stream.take(
-                &citing,
-                endpoint,
-                &Frame::of_data(event.as_bytes()),
-                &mut out,
-            );
+        let events = events.iter();
+        let mut out: Vec<_> = events
+            .map(|event| Frame::of_data(event.as_bytes()))
+            .collect();
+        for adds in TURNS {
+            let citing = citing(sources, adds);
+            let mut stream = ChatStream::default();
+            for event in std::mem::take(&mut out) {
+                stream.take(&citing, endpoint, &event, &mut out);
+            }
         }
         let data = |frame: &Frame| String::from_utf8(frame.data.clone().unwrap().to_vec()).unwrap();
         out.iter().map(data).collect()
@@ -343,7 +346,7 @@ mod tests {
             r#"{"id":"c","choices":[{"index":0,"text":"","finish_reason":"stop"}]}"#,
         ];
         let out = run(Sources::WhenUncited, Endpoint::Completions, &events);
-        assert_eq!(out.len(), 3);
+        assert_eq!(out.len(), 3, "{out:?}");
         assert!(out[1].contains(r#""text":"\n\nSources:"#), "{}", out[1]);
     }
 }

@@ -106,13 +106,20 @@ fn nonsense_is_refused_with_its_name() {
 }
 
 #[test]
-fn ways_that_are_switched_off_are_nobodys_business() {
+fn ways_that_are_switched_off_do_not_count() {
     let rag = rag(json!({ "triggers": ["header"] }));
-    let more = r#","research_mode":"yes","web_search_options":7"#;
-    let (wish, left) = parsed(&rag, "m:online", more, None).unwrap();
-    assert!(!wish.asked);
-    assert!(left.contains("m:online") && left.contains("research_mode"));
+    for value in ["true", "false", r#""yes""#] {
+        let more = format!(r#","research_mode":{value},"web_search_options":7"#);
+        let (wish, left) = parsed(&rag, "m:online", &more, None).unwrap();
+        assert!(!wish.asked && !wish.declined);
+        // Ours alone is taken out; the others are words of the upstreams too.
+        let kept = r#"{"model":"m:online","messages":[{}],"web_search_options":7}"#;
+        assert_eq!(left, kept);
+    }
     assert_eq!(rag.model_meant("m:online"), "m:online");
+    let deaf = self::rag(json!({ "triggers": ["research_mode"] }));
+    let (wish, _) = parsed(&deaf, "m", "", Some("1")).unwrap();
+    assert!(!wish.asked);
 }
 
 #[test]
