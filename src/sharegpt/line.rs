@@ -1,9 +1,11 @@
 //! One dialogue with its answer → one line of JSON.
 
+use std::borrow::Cow;
+
 use memchr::memmem;
 use serde::Serialize;
 
-use super::{Dialogue, Tokens};
+use super::{Dialogue, Rewrite, Tokens};
 
 /// What is known of an exchange beside its words. The fields and their types
 /// are the same on every line, since loaders guess the columns from the first.
@@ -52,6 +54,22 @@ pub struct Meta {
     pub usage: Tokens,
     /// What was said beside calls of tools.
     pub preamble: String,
+}
+
+impl Meta {
+    /// Changes what clients and upstreams wrote. Ids stay: logs have them too.
+    pub fn rewrite(&mut self, how: &dyn Rewrite) {
+        for text in [
+            &mut self.model,
+            &mut self.answer_model,
+            &mut self.finish_reason,
+            &mut self.error,
+        ] {
+            if let Cow::Owned(changed) = how.rewrite(text) {
+                *text = changed;
+            }
+        }
+    }
 }
 
 /// How long an exchange took, in milliseconds.

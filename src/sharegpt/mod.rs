@@ -64,7 +64,8 @@ pub struct Told {
 }
 
 /// Turns an exchange into lines: one for each choice of the answer. `meta` is
-/// what is known of the exchange beside its words; `rewrite` may change those.
+/// what is known of the exchange beside its words; `rewrite` may change those, and
+/// what clients and upstreams wrote of the rest.
 ///
 /// # Errors
 /// [`Unreadable`]: it cannot be told in words.
@@ -95,6 +96,7 @@ pub fn tell(
         dialogue.answer(choice, asked.continues);
         if let Some(rewrite) = rewrite {
             dialogue.rewrite(rewrite);
+            meta.rewrite(rewrite);
         }
         let id = if said.id.is_empty() {
             &meta.request_id

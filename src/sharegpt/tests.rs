@@ -484,6 +484,25 @@ impl Rewrite for Hide {
 }
 
 #[test]
+fn what_clients_and_upstreams_wrote_beside_the_dialogue_can_be_changed_too() {
+    let exchange = Exchange {
+        endpoint: Endpoint::ChatCompletions,
+        request: br#"{"model":"secret","messages":[{"role":"user","content":"a"}]}"#,
+        answer: Received::Whole(
+            br#"{"model":"my-secret","choices":[{"message":{"content":"b"},"finish_reason":"secret"}]}"#,
+        ),
+    };
+    let meta = Meta {
+        error: "the secret".to_owned(),
+        ..Meta::default()
+    };
+    let told = tell(&exchange, &meta, Some(&Hide)).unwrap();
+    let bytes = told.lines[0].bytes();
+    let line = String::from_utf8(bytes).unwrap();
+    assert!(!line.contains("secret"), "{line}");
+}
+
+#[test]
 fn every_word_of_a_dialogue_can_be_changed_and_calls_stay_calls() {
     let request = json!({ "model": "m",
         "messages": [

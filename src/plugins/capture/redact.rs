@@ -36,8 +36,8 @@ pub(super) struct Redactor(Vec<Rule>);
 
 struct Rule {
     find: Regex,
-    /// Whether what was found is what is looked for.
-    check: fn(&str) -> bool,
+    /// Where in what was found that is which is looked for.
+    places: fn(&str) -> Vec<(usize, usize)>,
     replacement: &'static str,
 }
 
@@ -60,7 +60,7 @@ impl Redactor {
             }
             rules.push(Rule {
                 find,
-                check: |_| true,
+                places: all,
                 replacement: "[redacted]",
             });
         }
@@ -94,15 +94,15 @@ impl fmt::Debug for Redactor {
 
 impl Rule {
     fn of(kind: Kind) -> Self {
-        let (pattern, check, replacement): (_, fn(&str) -> bool, _) = match kind {
-            Kind::Keys => (KEYS, |_| true, "[key]"),
-            Kind::Emails => (EMAILS, |_| true, "[email]"),
-            Kind::Phones => (PHONES, is_phone, "[phone]"),
-            Kind::Cards => (CARDS, |_| true, "[card]"),
+        let (pattern, places, replacement): (_, fn(&str) -> _, _) = match kind {
+            Kind::Keys => (KEYS, keys, "[key]"),
+            Kind::Emails => (EMAILS, all, "[email]"),
+            Kind::Phones => (PHONES, phones, "[phone]"),
+            Kind::Cards => (CARDS, cards, "[card]"),
         };
         Self {
             find: Regex::new(pattern).expect("the patterns of this file are valid"),
-            check,
+            places,
             replacement,
         }
     }
@@ -112,12 +112,7 @@ impl Rule {
         let mut out = String::new();
         let mut from = 0;
         for found in self.find.find_iter(text) {
-            let spans = match self.replacement {
-                "[card]" => cards(found.as_str()),
-                _ if (self.check)(found.as_str()) => vec![(0, found.len())],
-                _ => Vec::new(),
-            };
-            for (start, end) in spans {
+            for (start, end) in (self.places)(found.as_str()) {
                 let (start, end) = (found.start() + start, found.start() + end);
                 out.push_str(text.get(from..start).unwrap_or_default());
                 out.push_str(self.replacement);
@@ -132,82 +127,182 @@ impl Rule {
     }
 }
 
+/// All of what was found.
+fn all(found: &str) -> Vec<(usize, usize)> {
+    vec![(0, found.len())]
+}
+
 /// How keys of well-known makers begin, JSON web tokens, what stands behind
-/// `Bearer`, and private keys in PEM.
+/// `Bearer`, and private keys in PEM. A letter of another script may stand right
+/// before one, and so may `_`, as in `key_sk-…`; what is found has it in front.
 const KEYS: &str = concat!(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[^-]|-[A-Za-z0-9])*-----END [A-Z ]*PRIVATE KEY-----",
-    r"|\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}",
-    r"|\bfb_[A-Za-z0-9_-]{43}",
-    r"|\bgh[oprsu]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}|\bglpat-[A-Za-z0-9_-]{20,}",
-    r"|\bxox[abeprs]-[A-Za-z0-9-]{10,}",
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{35}",
-    r"|\bhf_[A-Za-z0-9]{30,}|\bgsk_[A-Za-z0-9]{20,}|\bnvapi-[A-Za-z0-9_-]{20,}",
-    r"|\btvly-[A-Za-z0-9_-]{16,}|\bnpm_[A-Za-z0-9]{30,}|\bdop_v1_[a-f0-9]{40,}",
-    r"|\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
-    r"|\b[Bb]earer [A-Za-z0-9._~+/=-]{20,}",
+    r"|(?:(?-u:\b)|_)(?:",
+    r"(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}",
+    r"|fb_[A-Za-z0-9_-]{43}",
+    r"|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_-]{20,}",
+    r"|xox[abeprs]-[A-Za-z0-9-]{10,}",
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?-u:\b)|AIza[0-9A-Za-z_-]{35}",
+    r"|hf_[A-Za-z0-9]{30,}|gsk_[A-Za-z0-9]{20,}|nvapi-[A-Za-z0-9_-]{20,}",
+    r"|tvly-[A-Za-z0-9_-]{16,}|npm_[A-Za-z0-9]{30,}|dop_v1_[a-f0-9]{40,}",
+    r"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
+    r"|(?i:bearer)[ \t]{1,8}[A-Za-z0-9._~+/=-]{20,}",
+    r")",
 );
 const EMAILS: &str =
     r"[\p{L}\p{N}.!#$%&'*+/=?^_`{|}~-]+@[\p{L}\p{N}-]+(?:\.[\p{L}\p{N}-]+)*\.\p{L}{2,24}";
-/// With + or 00 in front; with an area code in brackets; or in groups.
+/// With + or 00 in front; with an area code in brackets; or in groups. A gap may
+/// be one that does not break.
 const PHONES: &str = concat!(
-    r"(?:\+|\b00)[1-9](?:[ ./()-]{0,2}[0-9]){6,14}\b",
-    r"|\([0-9]{2,5}\)[ ./-]?[0-9](?:[ ./-]?[0-9]){5,9}\b",
-    r"|\b0[0-9]{1,4}[ /-][0-9](?:[ ./-]?[0-9]){4,9}\b",
-    r"|\b[2-9][0-9]{2}[ .-][0-9]{3}[ .-][0-9]{4}\b",
+    r"(?:\+|(?-u:\b)00)[1-9](?:[ \x{a0}\x{202f}./()-]{0,2}[0-9]){6,14}(?-u:\b)",
+    r"|\([0-9]{2,5}\)[ \x{a0}\x{202f}./-]?[0-9](?:[ \x{a0}\x{202f}./-]?[0-9]){5,9}(?-u:\b)",
+    r"|(?-u:\b)0[0-9]{1,4}[ \x{a0}\x{202f}/-][0-9](?:[ \x{a0}\x{202f}./-]?[0-9]){4,9}(?-u:\b)",
+    r"|(?-u:\b)[2-9][0-9]{2}[ \x{a0}\x{202f}.-][0-9]{3}[ \x{a0}\x{202f}.-][0-9]{4}(?-u:\b)",
 );
-/// A run of digits with single gaps, long enough for a card's number.
-const CARDS: &str = r"[0-9](?:[ -]?[0-9]){12,}";
+/// A run of digits with gaps, long enough for a card's number: white space of any
+/// kind, dots, hyphens and dashes, and what nobody sees.
+const CARDS: &str = concat!(
+    r"[0-9](?:[\s.\-\x{ad}\x{200b}-\x{200d}\x{2010}-\x{2015}\x{2060}\x{2212}\x{feff}]{0,3}[0-9])",
+    r"{12,}",
+);
+
+/// What names begin with too is a key only if there is a digit in it.
+fn keys(found: &str) -> Vec<(usize, usize)> {
+    let key = found.strip_prefix('_').unwrap_or(found);
+    let start = found.len() - key.len();
+    let is_common = ["sk", "pk", "rk"].iter().any(|word| key.starts_with(word));
+    let is_name = start > 0 && is_common && !key.bytes().any(|byte| byte.is_ascii_digit());
+    if is_name {
+        return Vec::new();
+    }
+    vec![(start, found.len())]
+}
 
 /// Phone numbers have 7 to 15 digits, and are no addresses of the internet.
-fn is_phone(text: &str) -> bool {
-    let digits = text.bytes().filter(u8::is_ascii_digit).count();
-    (7..=15).contains(&digits) && text.parse::<std::net::Ipv4Addr>().is_err()
+fn phones(found: &str) -> Vec<(usize, usize)> {
+    let digits = found.bytes().filter(u8::is_ascii_digit).count();
+    let is_phone = (7..=15).contains(&digits) && found.parse::<std::net::Ipv4Addr>().is_err();
+    if is_phone { all(found) } else { Vec::new() }
+}
+
+/// A digit of a run, and what stands before it.
+#[derive(Clone, Copy)]
+struct Digit {
+    at: usize,
+    value: u8,
+    gap: Gap,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gap {
+    None,
+    Some,
+    /// There is a dot in it.
+    Dot,
+    /// The end of a line, as between two parts of a message.
+    Line,
+}
+
+impl Gap {
+    fn of(text: &str) -> Self {
+        if text.is_empty() {
+            Self::None
+        } else if text.contains(['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}']) {
+            Self::Line
+        } else if text.contains('.') {
+            Self::Dot
+        } else {
+            Self::Some
+        }
+    }
 }
 
 /// Returns where in a run of digits card numbers stand. They begin where the run
 /// or a group of it does, and end where one does: any long number has a part
 /// whose checksum is right.
 fn cards(run: &str) -> Vec<(usize, usize)> {
-    let digits: Vec<(usize, u8)> = run
-        .bytes()
-        .enumerate()
-        .filter(|(_, byte)| byte.is_ascii_digit())
-        .map(|(at, byte)| (at, byte - b'0'))
-        .collect();
-    let at = |index: usize| digits.get(index).map(|(at, _)| *at);
-    let begins =
-        |index: usize| index == 0 || at(index).zip(at(index - 1)).is_some_and(|(b, a)| b > a + 1);
+    let mut digits: Vec<Digit> = Vec::new();
+    let mut end = 0;
+    for (at, byte) in run.bytes().enumerate() {
+        if byte.is_ascii_digit() {
+            let gap = Gap::of(run.get(end..at).unwrap_or_default());
+            let value = byte - b'0';
+            digits.push(Digit { at, value, gap });
+            end = at + 1;
+        }
+    }
+    let begins = |index: usize| {
+        let digit = digits.get(index);
+        index == 0 || digit.is_none_or(|digit| digit.gap != Gap::None)
+    };
     let mut found = Vec::new();
     let mut first = 0;
     while first < digits.len() {
         let longest = (13..=19).rev().find(|&length| {
             let numbers = digits.get(first..first + length);
-            begins(first)
-                && (first + length == digits.len() || begins(first + length))
-                && numbers.is_some_and(luhn)
+            begins(first) && begins(first + length) && numbers.is_some_and(is_card)
         });
-        match longest {
-            Some(length) => {
-                let end = at(first + length - 1).map_or(run.len(), |at| at + 1);
-                found.extend(at(first).map(|start| (start, end)));
-                first += length;
-            }
-            None => first += 1,
-        }
+        let Some(length) = longest else {
+            first += 1;
+            continue;
+        };
+        let last = digits.get(first + length - 1);
+        let place = digits.get(first).zip(last);
+        found.extend(place.map(|(first, last)| (first.at, last.at + 1)));
+        first += length;
     }
     found
 }
 
-fn luhn(digits: &[(usize, u8)]) -> bool {
+/// Where the gaps are unusual for a card, more has to be right than the checksum:
+/// of ten numbers one has it.
+fn is_card(digits: &[Digit]) -> bool {
+    let inside = digits.get(1..).unwrap_or_default();
+    let lines = inside.iter().filter(|digit| digit.gap == Gap::Line);
+    let may_be = match lines.count() {
+        0 => true,
+        1 => is_issued(digits),
+        _ => false,
+    };
+    let has_dots = inside.iter().any(|digit| digit.gap == Gap::Dot);
+    may_be && (!has_dots || is_grouped(digits)) && luhn(digits)
+}
+
+/// Returns whether a number begins as those of the known issuers, and is as long.
+fn is_issued(digits: &[Digit]) -> bool {
+    let start = digits.iter().take(4);
+    let start = start.fold(0, |number, digit| number * 10 + u32::from(digit.value));
+    let lengths = match start {
+        4000..=4999 => 16..=16,
+        5100..=5599 | 2200..=2204 | 2221..=2720 => 16..=16,
+        3400..=3499 | 3700..=3799 => 15..=15,
+        3000..=3099 | 3600..=3699 | 3800..=3999 => 14..=14,
+        3500..=3599 | 5000..=5099 | 5600..=5899 | 6000..=6999 => 16..=19,
+        _ => return false,
+    };
+    lengths.contains(&digits.len())
+}
+
+/// Returns whether the digits are in groups as on a card: of 4 to 6, the last of 3
+/// at least. Dots stand in fractions and between thousands too.
+fn is_grouped(digits: &[Digit]) -> bool {
+    let inside = digits.get(1..).unwrap_or_default();
+    let mut groups = inside.split(|digit| digit.gap != Gap::None).rev();
+    // The first digit of each group is not in it.
+    let last = groups.next().map_or(0, <[Digit]>::len) + 1;
+    (3..=6).contains(&last) && groups.all(|group| (4..=6).contains(&(group.len() + 1)))
+}
+
+fn luhn(digits: &[Digit]) -> bool {
     let all_the_same = digits.windows(2).all(|two| match two {
-        [(_, a), (_, b)] => a == b,
+        [a, b] => a.value == b.value,
         _ => true,
     });
     let sum: u32 = digits
         .iter()
         .rev()
         .enumerate()
-        .map(|(place, (_, digit))| match (place % 2, u32::from(*digit)) {
+        .map(|(place, digit)| match (place % 2, u32::from(digit.value)) {
             (1, digit @ 5..) => digit * 2 - 9,
             (1, digit) => digit * 2,
             (_, digit) => digit,
@@ -282,6 +377,36 @@ mod tests {
             (Cards, "378282246310005", "[card]"),
             (Cards, "0000000000000000", "0000000000000000"),
             (Cards, "éé4111111111111111é", "éé[card]é"),
+            (Cards, "4111.1111.1111.1111.", "[card]."),
+            (Cards, "3782.822463.10005", "[card]"),
+            (Cards, "4111\u{a0}1111\u{202f}1111\u{2011}1111", "[card]"),
+            (Cards, "4111 - 1111 - 1111 - 1111", "[card]"),
+            (Cards, "4111\u{200b}111111111111", "[card]"),
+            // Over two parts of a message.
+            (Cards, "it is 4111 1111\n1111 1111", "it is [card]"),
+            (Cards, "41111111\n11111111", "[card]"),
+            // A column of numbers is none, whatever its checksum.
+            (Cards, "4111\n1111\n1111\n1111", "4111\n1111\n1111\n1111"),
+            (Cards, "10000003\n10000003", "10000003\n10000003"),
+            // Neither are thousands and fractions.
+            (Cards, "4.111.111.111.111.111", "4.111.111.111.111.111"),
+            (Cards, "41111111111.11111", "41111111111.11111"),
+            (Keys, "key_sk-abcdefghijklmnop1234", "key_[key]"),
+            (Keys, "my_ghp_abcdefghijklmnopqrstuvwxyz0123", "my_[key]"),
+            (
+                Keys,
+                "the_pk_constraint_of_my_table",
+                "the_pk_constraint_of_my_table",
+            ),
+            (Keys, "密钥sk-abcdefghijklmnop1234", "密钥[key]"),
+            (Keys, "BEARER abcdefghijklmnopqrstuvwxyz", "[key]"),
+            (Keys, "bEaReR\tabcdefghijklmnopqrstuvwxyz", "[key]"),
+            (Keys, "a bearer of bad news", "a bearer of bad news"),
+            (
+                Phones,
+                "call +49\u{a0}30\u{202f}1234567现在",
+                "call [phone]现在",
+            ),
         ] {
             assert_eq!(redacted(&[kind], text), expected, "{kind:?}");
         }
@@ -320,6 +445,11 @@ mod tests {
             "-----BEGIN PRIVATE KEY-----",
             "a.",
             "eyJaaaaaaaa.",
+            "1234.",
+            "1\n",
+            "4111\u{a0}",
+            "_sk-",
+            "bearer ",
         ] {
             let text = hostile.repeat(100_000 / hostile.len());
             redacted(&all, &text);
