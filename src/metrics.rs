@@ -287,7 +287,7 @@ impl Metrics {
             ),
             capture_files_removed: all.counters(
                 "forebay_capture_files_removed_total",
-                "Files of captures that were removed, by age or size",
+                "Files of captures that were removed: by age, by size, and images that nothing names any more",
                 &["reason"],
             ),
             budget_transitions: all.counters(

@@ -30,6 +30,27 @@ const MARKS: [(&str, &str); 3] = [
     ("<audio>", "&lt;audio&gt;"),
 ];
 
+/// The kinds of images with an ending of their own.
+const IMAGE_KINDS: [(&str, &str); 9] = [
+    ("image/png", "png"),
+    ("image/jpeg", "jpg"),
+    ("image/jpg", "jpg"),
+    ("image/gif", "gif"),
+    ("image/webp", "webp"),
+    ("image/bmp", "bmp"),
+    ("image/tiff", "tiff"),
+    ("image/avif", "avif"),
+    ("image/heic", "heic"),
+];
+/// The ending of all others.
+const OTHER_IMAGES: &str = "bin";
+
+/// Returns whether images get such an ending.
+pub fn is_image_ending(ending: &str) -> bool {
+    let mut kinds = IMAGE_KINDS.iter();
+    ending == OTHER_IMAGES || kinds.any(|(_, known)| *known == ending)
+}
+
 /// Who a turn is from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Who {
@@ -457,18 +478,12 @@ fn image_of(url: &str) -> Option<Image> {
     let head = head.to_ascii_lowercase();
     let kind = head.strip_suffix(";base64")?;
     let kind = kind.split(';').next().unwrap_or_default();
-    let ending = match kind {
-        "image/png" => "png",
-        "image/jpeg" | "image/jpg" => "jpg",
-        "image/gif" => "gif",
-        "image/webp" => "webp",
-        "image/bmp" => "bmp",
-        "image/tiff" => "tiff",
-        "image/avif" => "avif",
-        "image/heic" => "heic",
+    let known = IMAGE_KINDS.iter().find(|(known, _)| *known == kind);
+    let ending = match known {
+        Some((_, ending)) => *ending,
         // Nothing of what a client writes becomes a part of a path.
-        _ if kind.starts_with("image/") => "bin",
-        _ => return None,
+        None if kind.starts_with("image/") => OTHER_IMAGES,
+        None => return None,
     };
     let bytes = BASE64.decode(data).ok().filter(|bytes| !bytes.is_empty())?;
     let mut name = String::from("images/");

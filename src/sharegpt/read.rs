@@ -144,8 +144,9 @@ pub fn split_thought(value: &str) -> (&str, &str) {
     (value.get(..thought).unwrap_or_default(), rest)
 }
 
-/// Returns whether this is how capture names images.
-fn is_image(name: &str) -> bool {
+/// Returns whether this is how capture names images: `images/`, 64 hexadecimal
+/// digits, an ending.
+pub fn is_image(name: &str) -> bool {
     let Some((hash, ending)) = name
         .strip_prefix("images/")
         .and_then(|file| file.split_once('.'))
@@ -153,7 +154,9 @@ fn is_image(name: &str) -> bool {
         return false;
     };
     hash.len() == 64
-        && hash.bytes().all(|byte| byte.is_ascii_hexdigit())
+        && hash
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
         && (1..=8).contains(&ending.len())
         && ending.bytes().all(|byte| byte.is_ascii_alphanumeric())
 }

@@ -1,5 +1,5 @@
 //! The thread that looks after hours that are over: compresses them, and removes
-//! the oldest, by age and by size.
+//! the oldest ([`retain`](super::retain)).
 //!
 //! **Invariant:** what somebody writes to is never touched: every file is locked
 //! first. A compressed file takes its place whole, and is compared with what it
@@ -19,6 +19,7 @@ use zstd::stream::{read::Decoder, write::Encoder};
 
 use super::{
     folder::{Live, Settings, Zone},
+    retain::{Now, Retention, remove_old},
     segment::{Make, hour_of, hour_of_name, lock, set_tail_aside, sync_folder},
 };
 use crate::worker::{Inbox, Next};
@@ -32,9 +33,10 @@ const LEVEL: i32 = 3;
 
 /// Works until the queue is closed.
 pub(super) fn run(inbox: &Inbox<()>, live: &Live) {
+    let mut retention = Retention::default();
     loop {
         let settings = live.settings();
-        if let Err(why) = pass(live, &settings, SystemTime::now()) {
+        if let Err(why) = pass(live, &settings, &mut retention, Now::read()) {
             log::warn!("cannot be tidied: dir={} {why}", live.dir.display());
         }
         if inbox.next(PASS_EVERY) == Next::Closed {
@@ -44,7 +46,7 @@ pub(super) fn run(inbox: &Inbox<()>, live: &Live) {
 }
 
 /// Does what is due.
-fn pass(live: &Live, settings: &Settings, now: SystemTime) -> io::Result<()> {
+fn pass(live: &Live, settings: &Settings, retention: &mut Retention, now: Now) -> io::Result<()> {
     let mut files = match hours(&live.dir, settings.zone) {
         Ok(files) => files,
         // It was not written yet.
@@ -56,7 +58,7 @@ fn pass(live: &Live, settings: &Settings, now: SystemTime) -> io::Result<()> {
             if live.is_stopping() {
                 return Ok(());
             }
-            if file.is_plain && file.has_rested(settings.zone, now) {
+            if file.is_plain && file.has_rested(settings.zone, now.wall) {
                 match compress(&file.path, live) {
                     Ok(Some(packed)) => *file = HourFile::of(packed, settings.zone)?,
                     Ok(None) => {}
@@ -67,19 +69,19 @@ fn pass(live: &Live, settings: &Settings, now: SystemTime) -> io::Result<()> {
             }
         }
     }
-    remove_old(live, settings, files, now)
+    remove_old(live, settings, retention, files, now)
 }
 
 /// A file of an hour, or what was set aside of one.
-struct HourFile {
-    path: PathBuf,
+pub(super) struct HourFile {
+    pub(super) path: PathBuf,
     /// When the hour began.
-    began: SystemTime,
-    hour: String,
-    bytes: u64,
-    changed: SystemTime,
+    pub(super) began: SystemTime,
+    pub(super) hour: String,
+    pub(super) bytes: u64,
+    pub(super) changed: SystemTime,
     /// Whether it is one that lines are written to.
-    is_plain: bool,
+    pub(super) is_plain: bool,
 }
 
 impl HourFile {
@@ -125,7 +127,7 @@ fn any_hour_of(path: &Path) -> Option<&str> {
 }
 
 /// Returns when the hour of a name began.
-fn beginning(hour: &str, zone: Zone) -> Option<SystemTime> {
+pub(super) fn beginning(hour: &str, zone: Zone) -> Option<SystemTime> {
     let at = NaiveDateTime::parse_from_str(&format!("{hour}00"), "%Y%m%d_%H%M").ok()?;
     match zone {
         Zone::Utc => Some(at.and_utc().into()),
@@ -209,89 +211,6 @@ fn is_same(one: impl Read, other: impl Read, live: &Live) -> io::Result<bool> {
     }
 }
 
-/// Removes what is too old or too much, and images that nothing left can name.
-fn remove_old(
-    live: &Live,
-    settings: &Settings,
-    files: Vec<HourFile>,
-    now: SystemTime,
-) -> io::Result<()> {
-    if settings.max_age.is_none() && settings.max_size.is_none() {
-        return Ok(());
-    }
-    let images = images(&live.dir)?;
-    let mut total: u64 = files.iter().map(|file| file.bytes).sum();
-    total += images.iter().map(|image| image.bytes).sum::<u64>();
-    let mut oldest = None;
-    for file in files {
-        let ended = file.began + Duration::from_secs(3600);
-        let age = now.duration_since(ended).unwrap_or_default();
-        let reason = if settings.max_age.is_some_and(|most| age > most) {
-            "age"
-        } else if settings.max_size.is_some_and(|most| total > most) {
-            "size"
-        } else {
-            ""
-        };
-        let is_open = file.hour == settings.zone.hour(now);
-        if reason.is_empty() || is_open || !remove(&file)? {
-            oldest.get_or_insert(file.began);
-            continue;
-        }
-        total = total.saturating_sub(file.bytes);
-        let family = &live.account.metrics().capture_files_removed;
-        family.with_label_values(&[reason]).inc();
-        log::info!("removed: file={} reason={reason}", file.path.display());
-    }
-    // An image is renewed when it is used again.
-    let oldest = oldest.unwrap_or(now) - Duration::from_secs(3600);
-    for image in images.iter().filter(|image| image.changed < oldest) {
-        fs::remove_file(&image.path)?;
-    }
-    Ok(())
-}
-
-/// Removes a file, unless somebody writes to it.
-fn remove(file: &HourFile) -> io::Result<bool> {
-    let _held = if file.is_plain {
-        match lock(&file.path, Make::No)? {
-            Some(held) => Some(held),
-            None => return Ok(false),
-        }
-    } else {
-        None
-    };
-    fs::remove_file(&file.path).map(|()| true)
-}
-
-struct ImageFile {
-    path: PathBuf,
-    bytes: u64,
-    changed: SystemTime,
-}
-
-fn images(dir: &Path) -> io::Result<Vec<ImageFile>> {
-    let entries = match fs::read_dir(dir.join("images")) {
-        Ok(entries) => entries,
-        Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(why) => return Err(why),
-    };
-    let mut images = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        if let Ok(found) = entry.metadata()
-            && found.is_file()
-        {
-            images.push(ImageFile {
-                path: entry.path(),
-                bytes: found.len(),
-                changed: found.modified()?,
-            });
-        }
-    }
-    Ok(images)
-}
-
 fn with_ending(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);
@@ -307,21 +226,24 @@ fn hidden(path: &Path) -> PathBuf {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::{plugins::capture::folder::Folder, resources::Resources};
 
-    const HOUR: Duration = Duration::from_secs(3600);
+    pub(in super::super) const HOUR: Duration = Duration::from_secs(3600);
 
-    struct Bench {
-        dir: tempfile::TempDir,
-        live: Live,
+    pub(in super::super) struct Bench {
+        pub(in super::super) dir: tempfile::TempDir,
+        pub(in super::super) live: Live,
         settings: Settings,
+        retention: Retention,
         /// 2026-01-02 15:30 UTC.
-        now: SystemTime,
+        pub(in super::super) now: Now,
     }
 
-    fn bench(change: impl FnOnce(&mut Settings)) -> Bench {
+    pub(in super::super) fn bench(change: impl FnOnce(&mut Settings)) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let mut settings = Settings {
             zone: Zone::Utc,
@@ -337,21 +259,30 @@ mod tests {
             live: folder.live(),
             dir,
             settings,
-            now: SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_367_800),
+            retention: Retention::default(),
+            now: Now {
+                wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_367_800),
+                steady: Instant::now(),
+            },
         }
     }
 
     impl Bench {
-        fn write(&self, name: &str, text: &str, age: Duration) {
+        pub(in super::super) fn write(&self, name: &str, text: &str, age: Duration) {
             let path = self.dir.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, text).unwrap();
             let file = File::options().write(true).open(path).unwrap();
-            file.set_modified(self.now - age).unwrap();
+            file.set_modified(self.now.wall - age).unwrap();
         }
 
-        fn pass(&self) -> Vec<String> {
-            pass(&self.live, &self.settings, self.now).unwrap();
+        pub(in super::super) fn pass_time(&mut self, time: Duration) {
+            self.now.wall += time;
+            self.now.steady += time;
+        }
+
+        pub(in super::super) fn pass(&mut self) -> Vec<String> {
+            pass(&self.live, &self.settings, &mut self.retention, self.now).unwrap();
             let mut names: Vec<String> = fs::read_dir(self.dir.path())
                 .unwrap()
                 .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -363,7 +294,7 @@ mod tests {
 
     #[test]
     fn hours_that_are_over_are_compressed_whole() {
-        let bench = bench(|settings| settings.compress = true);
+        let mut bench = bench(|settings| settings.compress = true);
         let lines = "{\"a\":1}\n".repeat(10_000);
         bench.write("20260102_13.jsonl", &format!("{lines}torn"), HOUR);
         bench.write("20260102_14.jsonl", "{}\n", Duration::from_secs(10));
@@ -392,7 +323,7 @@ mod tests {
 
     #[test]
     fn what_is_written_to_is_left_alone() {
-        let bench = bench(|settings| {
+        let mut bench = bench(|settings| {
             settings.compress = true;
             settings.max_age = Some(Duration::ZERO);
         });
@@ -402,32 +333,5 @@ mod tests {
         assert_eq!(bench.pass(), ["20260102_13.jsonl"]);
         drop(held);
         assert!(bench.pass().is_empty());
-    }
-
-    #[test]
-    fn the_oldest_go_by_age_and_by_size() {
-        let by_age = bench(|settings| settings.max_age = Some(HOUR * 2));
-        for name in ["20260102_11", "20260102_12", "20260102_14", "20260102_15"] {
-            by_age.write(&format!("{name}.jsonl"), "{}\n", HOUR);
-        }
-        by_age.write("20260102_10.jsonl.zst", "{}\n", HOUR);
-        by_age.write("20260102_10.jsonl.torn", "{}\n", HOUR);
-        by_age.write("images/old.png", "x", HOUR * 9);
-        by_age.write("images/new.png", "x", HOUR);
-        // 12:00 to 13:00 ended two and a half hours ago.
-        let left = ["20260102_14.jsonl", "20260102_15.jsonl", "images"];
-        assert_eq!(by_age.pass(), left);
-        let images = by_age.dir.path().join("images");
-        assert!(!images.join("old.png").exists() && images.join("new.png").exists());
-
-        let by_size = bench(|settings| settings.max_size = Some(250));
-        for name in ["20260102_13", "20260102_14", "20260102_15"] {
-            by_size.write(&format!("{name}.jsonl"), &"x".repeat(100), HOUR);
-        }
-        assert_eq!(by_size.pass(), ["20260102_14.jsonl", "20260102_15.jsonl"]);
-        // The file of this hour stays, however large.
-        let tiny = bench(|settings| settings.max_size = Some(1));
-        tiny.write("20260102_15.jsonl", &"x".repeat(100), HOUR);
-        assert_eq!(tiny.pass(), ["20260102_15.jsonl"]);
     }
 }

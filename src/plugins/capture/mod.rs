@@ -19,6 +19,7 @@ mod collected;
 mod folder;
 mod keep;
 mod redact;
+mod retain;
 mod safe;
 mod segment;
 mod writer;

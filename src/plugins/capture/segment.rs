@@ -11,7 +11,7 @@ use std::{
     collections::HashSet,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -168,7 +168,31 @@ pub(super) fn lock(path: &Path, make: Make) -> io::Result<Option<Flock<File>>> {
     let is_same = fs::symlink_metadata(path)
         .and_then(|there| Ok(identity(&there) == identity(&file.metadata()?)))
         .unwrap_or(false);
-    Ok(is_same.then_some(file))
+    if !is_same {
+        return Ok(None);
+    }
+    match close_to_others(path, &file) {
+        Ok(()) => Ok(Some(file)),
+        // Somebody else's: what we write must not be his.
+        Err(why) if make == Make::Yes => {
+            log::warn!(
+                "not written to, others may read it: file={} {why}",
+                path.display()
+            );
+            Ok(None)
+        }
+        Err(_) => Ok(Some(file)),
+    }
+}
+
+/// Takes a file from others who may read it.
+fn close_to_others(path: &Path, file: &File) -> io::Result<()> {
+    let mode = file.metadata()?.permissions().mode();
+    if mode & 0o077 != 0 {
+        file.set_permissions(fs::Permissions::from_mode(mode & 0o700))?;
+        log::warn!("it was open to others, now it is not: {}", path.display());
+    }
+    Ok(())
 }
 
 /// Returns whether a file of an hour was compressed, and is closed for good.
@@ -323,7 +347,7 @@ fn identity(found: &fs::Metadata) -> (u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
@@ -362,6 +386,22 @@ mod tests {
         assert!(first.is_there());
         fs::remove_file(&path).unwrap();
         assert!(!first.is_there());
+    }
+
+    #[test]
+    fn a_file_that_others_can_read_is_closed_to_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = ["20260102_14.jsonl", "20260102_15.jsonl"].map(|name| dir.path().join(name));
+        for path in &paths {
+            fs::write(path, "{}\n").unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+        }
+        drop(open(dir.path()));
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(paths.each_ref().map(|path| mode(path)), [0o644, 0o600]);
+        // Those of other hours when they are looked at.
+        assert!(lock(&paths[0], Make::No).unwrap().is_some());
+        assert_eq!(mode(&paths[0]), 0o600);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
     collections::HashSet,
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, PoisonError},
@@ -47,7 +47,7 @@ const REST: Duration = Duration::from_millis(25);
 const IMAGES_KNOWN_MAX: usize = 10_000;
 /// How old an image may be before another use renews it: retention goes by its
 /// age.
-const IMAGE_FRESH: Duration = Duration::from_secs(600);
+pub(super) const IMAGE_FRESH: Duration = Duration::from_secs(600);
 
 /// An exchange on its way to a file.
 #[derive(Debug)]
@@ -160,6 +160,8 @@ struct Writer<'a> {
     short: bool,
     images_known: HashSet<String>,
     told: Seldom,
+    /// Whether it was told that others can look into the folder.
+    told_open: bool,
 }
 
 impl<'a> Writer<'a> {
@@ -174,6 +176,7 @@ impl<'a> Writer<'a> {
             short: false,
             images_known: HashSet::new(),
             told: Seldom::default(),
+            told_open: false,
         }
     }
 
@@ -326,6 +329,7 @@ impl<'a> Writer<'a> {
         if let Err(why) = ready {
             return self.cannot(&why, now);
         }
+        self.close_folders();
         self.retry = None;
         let was_short = std::mem::replace(&mut self.short, is_short(&self.live.dir, &settings));
         if self.short && !was_short {
@@ -350,6 +354,20 @@ impl<'a> Writer<'a> {
         }
     }
 
+    /// Closes the folders to others, if they were there before and are open.
+    fn close_folders(&mut self) {
+        for dir in [self.live.dir.clone(), self.live.dir.join("images")] {
+            match close_folder(&dir) {
+                Ok(()) => {}
+                Err(_) if self.told_open => {}
+                Err(why) => {
+                    log::warn!("others can look into it: dir={} {why}", dir.display());
+                    self.told_open = true;
+                }
+            }
+        }
+    }
+
     /// Writes an image, unless it is there.
     fn keep_image(&mut self, image: &Image) -> io::Result<()> {
         if self.images_known.contains(&image.name) {
@@ -357,7 +375,7 @@ impl<'a> Writer<'a> {
         }
         let path = self.live.dir.join(&image.name);
         let is_fresh = match fs::symlink_metadata(&path) {
-            Ok(found) if found.len() == image.bytes.len() as u64 => found
+            Ok(found) if found.len() == image.bytes.len() as u64 && is_ours(&found) => found
                 .modified()
                 .ok()
                 .and_then(|at| at.elapsed().ok())
@@ -468,6 +486,32 @@ fn make_folder(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
+/// Takes a folder from others who can look into it.
+///
+/// # Errors
+/// It is not ours to close: somebody else's, or one that everybody shares.
+fn close_folder(dir: &Path) -> io::Result<()> {
+    let found = match fs::metadata(dir) {
+        Ok(found) if found.is_dir() => found,
+        _ => return Ok(()),
+    };
+    if is_ours(&found) {
+        return Ok(());
+    }
+    let mode = found.permissions().mode();
+    if mode & 0o1000 != 0 {
+        return Err(io::Error::other("it is one that everybody shares"));
+    }
+    fs::set_permissions(dir, fs::Permissions::from_mode(mode & 0o700))?;
+    log::warn!("it was open to others, now it is not: {}", dir.display());
+    Ok(())
+}
+
+/// Returns whether nobody but its owner can use it.
+fn is_ours(found: &fs::Metadata) -> bool {
+    found.permissions().mode() & 0o077 == 0
+}
+
 /// Returns whether there is less space than is to be left: of a small disk a
 /// twentieth, so that it can be used at all.
 fn is_short(dir: &Path, settings: &Settings) -> bool {
@@ -560,5 +604,36 @@ mod tests {
             assert_eq!(fs::read_to_string(path).unwrap().lines().count(), 1000);
         }
         assert_eq!(live.account.metrics().capture_sync_failures.get(), 0);
+    }
+
+    #[test]
+    fn folders_that_others_can_look_into_are_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let images = dir.path().join("images");
+        fs::create_dir(&images).unwrap();
+        let set = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        set(dir.path(), 0o755);
+        set(&images, 0o775);
+        let settings = Settings {
+            zone: Zone::Utc,
+            sync: Duration::ZERO,
+            min_free: 0,
+            compress: false,
+            max_age: None,
+            max_size: None,
+        };
+        let folder = Folder::of(dir.path().to_owned(), &settings, &Resources::default());
+        let live = folder.live();
+        let (syncer, _duties) = Syncer::new(&live.account);
+        let mut writer = Writer::new(&live, syncer);
+        writer.look(Instant::now());
+        assert_eq!((mode(dir.path()), mode(&images)), (0o700, 0o700));
+        // Such as /tmp.
+        set(dir.path(), 0o1777);
+        writer.look(Instant::now());
+        assert_eq!(mode(dir.path()), 0o1777);
     }
 }
