@@ -59,12 +59,19 @@ pub struct Meta {
 impl Meta {
     /// Changes what clients and upstreams wrote. Ids stay: logs have them too.
     pub fn rewrite(&mut self, how: &dyn Rewrite) {
-        for text in [
-            &mut self.model,
-            &mut self.answer_model,
-            &mut self.finish_reason,
-            &mut self.error,
-        ] {
+        /// Words of the API: others go by them.
+        const ENDS: [&str; 5] = [
+            "stop",
+            "length",
+            "tool_calls",
+            "function_call",
+            "content_filter",
+        ];
+        let mut texts = vec![&mut self.model, &mut self.answer_model, &mut self.error];
+        if !ENDS.contains(&&*self.finish_reason) {
+            texts.push(&mut self.finish_reason);
+        }
+        for text in texts {
             if let Cow::Owned(changed) = how.rewrite(text) {
                 *text = changed;
             }
