@@ -50,6 +50,8 @@ pub struct RequestContext {
     pub principal: Option<Arc<Principal>>,
     /// Where the exchange may go.
     pub restrict: Restrict,
+    /// How much may still be put into the prompt; `None` where nothing bounds it.
+    pub room: Option<Room>,
     /// What keeps this caller's prompts apart in the caches of upstreams that
     /// know such a salt.
     pub cache_salt: Option<Arc<str>>,
@@ -98,6 +100,7 @@ impl RequestContext {
             reply: HeaderMap::new(),
             principal: None,
             restrict: Restrict::default(),
+            room: None,
             cache_salt: None,
             route: Arc::from(""),
             model: Arc::from(""),
@@ -188,6 +191,31 @@ impl fmt::Debug for Own {
     /// Nothing of what is kept: it may be what a user wrote.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Own").finish_non_exhaustive()
+    }
+}
+
+/// What is left of the length that a prompt may have.
+#[derive(Clone)]
+pub struct Room {
+    /// Tokens.
+    pub tokens: u64,
+    /// Counts the tokens of a text as they were counted for the limit.
+    pub count: Arc<dyn Fn(&str) -> u64 + Send + Sync>,
+}
+
+impl Room {
+    /// Returns whether a text has its place in it, with what a template may put
+    /// around it.
+    pub fn fits(&self, text: &str) -> bool {
+        /// A message of its own, and the blank line before what was there.
+        const AROUND: u64 = 8;
+        (self.count)(text).saturating_add(AROUND) <= self.tokens
+    }
+}
+
+impl fmt::Debug for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Room").field(&self.tokens).finish()
     }
 }
 

@@ -37,7 +37,7 @@ impl FromStr for Count {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || "a number such as 200000, 200k or 1.5M".to_owned();
+        let expected = || "a whole number above 0 such as 200000, 200k or 1.5M".to_owned();
         let (number, factor) = match text.as_bytes().last() {
             Some(b'k') => (text.strip_suffix('k'), 1_000),
             Some(b'M') => (text.strip_suffix('M'), 1_000_000),
@@ -210,7 +210,9 @@ impl FromStr for Rate {
             let per = Per::parse(per.trim_start())?;
             Some(Self { count, per })
         });
-        parsed.ok_or_else(|| "a rate such as 60/min, 200k/min, 5/s or 1000/day".to_owned())
+        let expected =
+            "a rate such as 60/min, 200k/min, 5/s or 1000/day, of a whole number above 0";
+        parsed.ok_or_else(|| expected.to_owned())
     }
 }
 

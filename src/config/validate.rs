@@ -8,6 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use serde_json::Value;
 use url::{Host, Url};
 
 use super::{
@@ -40,6 +41,7 @@ pub(super) fn validate(config: &Config, places: &Places, report: &mut Report) {
     pass.routes();
     pass.route_models();
     pass.unused_groups();
+    pass.plugins();
     pass.aliases();
 }
 
@@ -377,6 +379,48 @@ impl Pass<'_> {
         } else if !away.is_empty() {
             let message = format!("this route never uses {}: not local", away.join(", "));
             self.warning(&format!("{path}.local"), message);
+        }
+    }
+
+    /// What settings of plugins say of the rest of the file.
+    fn plugins(&mut self) {
+        let config = self.config;
+        let mut lists = route_lists(config);
+        lists.push(("plugins".to_owned(), &config.plugins));
+        for (path, list) in lists {
+            for (i, entry) in list.iter().enumerate() {
+                let path = key_path(&index_path(&path, i), &entry.name);
+                match &*entry.name {
+                    "budget" => self.prices(&key_path(&path, "prices"), &entry.config),
+                    "policy" => self.answers(&key_path(&path, "parameters"), &entry.config),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn prices(&mut self, path: &str, budget: &Value) {
+        let prices = budget.get("prices").and_then(Value::as_array);
+        for (i, price) in prices.into_iter().flatten().enumerate() {
+            if let Some(group) = price.get("group").and_then(Value::as_str) {
+                self.group_exists(&key_path(&index_path(path, i), "group"), group);
+            }
+        }
+    }
+
+    /// Nobody gets more answers by a rule than he may ask for.
+    fn answers(&mut self, path: &str, policy: &Value) {
+        let most = self.config.limits.n;
+        for section in ["defaults", "force"] {
+            let parameters = policy.get("parameters").and_then(|all| all.get(section));
+            let number = parameters
+                .and_then(|all| all.get("n"))
+                .and_then(Value::as_u64);
+            if number.is_some_and(|number| number > u64::from(most)) {
+                let path = key_path(&key_path(path, section), "n");
+                let message = format!("expected at most limits.n, which is {most}");
+                self.problem(&path, message);
+            }
         }
     }
 

@@ -1,19 +1,28 @@
 //! What a request may cost in tokens, and what it has cost: for the plugins that
 //! hold callers to a number of them.
 
+use std::{sync::LazyLock, time::Instant};
+
 use crate::{
     context::{Ending, Outcome, RequestContext},
+    logging::Seldom,
     openai::{
-        ApiRequest, Endpoint, N_PREDICT,
+        ApiRequest, Endpoint, N_PREDICT, Usage,
         cursor::Cursor,
         estimate::{prompt_tokens, tokens_of_bytes},
         json::Kind,
     },
 };
 
-/// More tokens than any model takes or makes: an upstream that claims more is
-/// broken, and must not use up what is somebody's.
-const TOKENS_MAX: u64 = 100_000_000;
+/// How far what an upstream claims may be from what was sent and received, in
+/// either direction: estimates are wrong by less than this.
+const TOLERANCE: u64 = 100;
+/// What is believed however little was sent and received, in tokens: reasoning
+/// that is not shown, and conversations that the upstream keeps.
+const CONTEXT: u64 = 1 << 18;
+
+/// Tells of upstreams that cannot count.
+static NONSENSE: LazyLock<Seldom> = LazyLock::new(Seldom::default);
 
 /// What a request may cost, as far as it shows before an upstream has seen it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,10 +94,16 @@ pub(super) struct Spent {
 }
 
 impl Spent {
-    /// Returns what a finished request has cost: what the upstream says; where
-    /// it says nothing, the prompt as it was estimated and what has come of the
-    /// answer. What brought the client nothing costs nothing.
+    /// Returns what a finished request has cost: what the upstream says, as far
+    /// as that can be true; where it says nothing, the prompt as it was
+    /// estimated and what has come of the answer. What brought the client
+    /// nothing costs nothing.
     pub(super) fn of(ctx: &RequestContext, outcome: &Outcome, prompt: u64) -> Self {
+        let came = Self {
+            prompt,
+            cached: 0,
+            completion: came(ctx, outcome),
+        };
         let told = outcome.usage.filter(|usage| !usage.estimated);
         if let Some(usage) = told
             && (
@@ -96,19 +111,9 @@ impl Spent {
                 usage.prompt_tokens,
                 usage.completion_tokens,
             ) != (0, 0, 0)
+            && let Some(spent) = came.corrected(&usage, &ctx.id)
         {
-            let all = usage.total_tokens.saturating_sub(usage.completion_tokens);
-            // No prompt has no tokens: who says so has not counted them.
-            let prompt = match (usage.prompt_tokens, all) {
-                (0, 0) => prompt,
-                (0, all) => all,
-                (counted, _) => counted,
-            };
-            return Self {
-                prompt: prompt.min(TOKENS_MAX),
-                cached: usage.cached_tokens.min(prompt).min(TOKENS_MAX),
-                completion: usage.completion_tokens.min(TOKENS_MAX),
-            };
+            return spent;
         }
         let delivered = match outcome.ending {
             Ending::Success => true,
@@ -116,30 +121,84 @@ impl Spent {
             Ending::ClientClosed => reached_upstream(ctx),
             Ending::ClientError | Ending::ServerError => false,
         };
-        if !delivered {
-            return Self::default();
+        if delivered { came } else { Self::default() }
+    }
+
+    /// Puts what an upstream has counted in the place of an estimate, but for
+    /// what cannot be: nobody's budget is used up, or spared, by a server that
+    /// cannot count. `None` if nothing it says is of any use.
+    fn corrected(self, usage: &Usage, id: &str) -> Option<Self> {
+        let estimate = self.total().max(1);
+        let most = estimate.saturating_mul(TOLERANCE).max(CONTEXT);
+        let told = [
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.total_tokens,
+        ];
+        if told.iter().any(|tokens| *tokens > most) {
+            if NONSENSE.due(Instant::now()).is_some() {
+                log::warn!(
+                    "request {id}: an upstream claims {}, {} and {} tokens (prompt, answer, total), \
+                     which cannot be: about {} and {} are counted in their place",
+                    usage.prompt_tokens,
+                    usage.completion_tokens,
+                    usage.total_tokens,
+                    self.prompt,
+                    self.completion
+                );
+            }
+            return None;
         }
-        let writes = ctx
-            .request
-            .as_ref()
-            .is_some_and(|request| writes_text(request.endpoint));
-        let completion = match (writes, outcome.streamed, outcome.ending) {
-            (false, ..) => 0,
-            // An event of a stream is a token, near enough.
-            (true, true, _) => ctx.content_events,
-            (true, false, Ending::Success) => tokens_of_bytes(outcome.bytes_out),
-            (true, false, _) => ctx.content_events,
+        let enough = |tokens: u64| tokens.saturating_mul(TOLERANCE) >= self.prompt;
+        let [prompt, completion, total] = told;
+        if (prompt, completion) == (0, 0) {
+            // A prompt has a token, and so has an answer.
+            let least = 1 + u64::from(self.completion > 0);
+            if total < least || !enough(total) {
+                return None;
+            }
+            let share = u128::from(total) * u128::from(self.prompt) / u128::from(estimate);
+            let prompt = u64::try_from(share).unwrap_or(total).min(total);
+            return Some(Self {
+                prompt,
+                cached: usage.cached_tokens.min(prompt),
+                completion: total - prompt,
+            });
+        }
+        let rest = |part: u64| total.saturating_sub(part);
+        // No prompt has no tokens: who says so has not counted them.
+        let counted = [prompt, rest(completion)];
+        let prompt = counted.into_iter().find(|tokens| *tokens > 0);
+        let prompt = prompt.filter(|tokens| enough(*tokens));
+        let prompt = prompt.unwrap_or(self.prompt);
+        let completion = match (completion, rest(prompt)) {
+            (0, 0) => self.completion,
+            (0, rest) => rest,
+            (counted, _) => counted,
         };
-        Self {
-            prompt: prompt.min(TOKENS_MAX),
-            cached: 0,
-            completion: completion.min(TOKENS_MAX),
-        }
+        Some(Self {
+            prompt,
+            cached: usage.cached_tokens.min(prompt),
+            completion,
+        })
     }
 
     /// Returns prompt and answer together.
     pub(super) fn total(self) -> u64 {
         self.prompt.saturating_add(self.completion)
+    }
+}
+
+/// Returns about how many tokens have come of an answer.
+fn came(ctx: &RequestContext, outcome: &Outcome) -> u64 {
+    let request = ctx.request.as_ref();
+    let writes = request.is_some_and(|request| writes_text(request.endpoint));
+    match (writes, outcome.streamed, outcome.ending) {
+        (false, ..) => 0,
+        // An event of a stream is a token, near enough.
+        (true, true, _) => ctx.content_events,
+        (true, false, Ending::Success) => tokens_of_bytes(outcome.bytes_out),
+        (true, false, _) => ctx.content_events,
     }
 }
 
@@ -169,10 +228,7 @@ pub(super) mod tests {
     use http::{HeaderMap, Method};
 
     use super::*;
-    use crate::{
-        context::{Attempt, Verdict},
-        openai::Usage,
-    };
+    use crate::context::{Attempt, Verdict};
 
     /// A chat request that has been parsed, with further members.
     pub(in crate::plugins) fn context(members: &str) -> RequestContext {
@@ -271,8 +327,9 @@ pub(super) mod tests {
         let ctx = context("");
         let spent = Spent::of(&ctx, &outcome(Ending::Success, Some((7, 5))), 10);
         assert_eq!((spent.prompt, spent.completion), (7, 5));
-        let broken = outcome(Ending::Success, Some((u64::MAX, u64::MAX)));
-        assert_eq!(Spent::of(&ctx, &broken, 10).total(), 2 * TOKENS_MAX);
+        // Much is believed of reasoning that nobody has seen.
+        let thought = outcome(Ending::Success, Some((7, 100_000)));
+        assert_eq!(Spent::of(&ctx, &thought, 10).completion, 100_000);
     }
 
     #[test]
@@ -292,10 +349,29 @@ pub(super) mod tests {
             (spent.prompt, spent.completion)
         };
         assert_eq!(spent(0, 9, 9, false), (10, 9));
-        assert_eq!(spent(0, 0, 7, false), (7, 0));
+        assert_eq!(spent(0, 0, 13, false), (10, 3));
+        assert_eq!(spent(0, 0, 7, false), (5, 2));
+        assert_eq!(spent(0, 0, 1, false), (10, 3));
         assert_eq!(spent(0, 0, 0, false), (10, 3));
+        assert_eq!(spent(7, 0, 0, false), (7, 3));
+        assert_eq!(spent(7, 0, 7, false), (7, 3));
+        assert_eq!(spent(7, 0, 16, false), (7, 9));
+        let absurd = 1 << 62;
+        assert_eq!(spent(absurd, absurd, 1, false), (10, 3));
+        assert_eq!(spent(7, 1_000_000, 1_000_007, false), (10, 3));
+        assert_eq!(spent(0, 0, absurd, false), (10, 3));
         assert_eq!(spent(99, 3, 102, true), (10, 3));
         assert_eq!(spent(7, 5, 12, false), (7, 5));
+    }
+
+    #[test]
+    fn a_long_prompt_is_not_one_token() {
+        let mut ctx = context("");
+        ctx.content_events = 200;
+        for told in [(1, 200), (0, 200)] {
+            let spent = Spent::of(&ctx, &outcome(Ending::Success, Some(told)), 1000);
+            assert_eq!((spent.prompt, spent.completion), (1000, 200), "{told:?}");
+        }
     }
 
     #[test]

@@ -246,7 +246,12 @@ impl Proxy {
             live.ctx.restrict.local |= snapshot.routes.is_local(live.model());
             live.ctx.model = snapshot.routes.meant(live.model());
             live.ctx.groups = snapshot.routes.groups_of(live.model());
-            if let Flow::Respond(answer) = chain.on_request(&mut live.ctx).await? {
+            let flow = tokio::select! {
+                // The body has been read: nothing more can come, or he leaves.
+                _gone = session.read_body_or_idle(true) => return Err(Stopped::Left),
+                flow = chain.on_request(&mut live.ctx) => flow?,
+            };
+            if let Flow::Respond(answer) = flow {
                 return Ok(Prepared::Local(answer));
             }
         }

@@ -197,7 +197,8 @@ async fn an_answer_that_breaks_off_costs_its_prompt_too() {
 #[tokio::test]
 async fn money_is_reserved_also_where_only_groups_have_a_price() {
     let upstream = ByHand::listen().await;
-    let budget = "month: { money: 1 }, prices: [ { model: '*', group: gpus, input: 1, output: 1000 }, { model: '*', group: other, input: 0, output: 0 } ]";
+    let budget =
+        "month: { money: 1 }, prices: [ { model: '*', group: gpus, input: 1, output: 1000 } ]";
     let yaml = open("forebay.db", budget, &one_upstream(&upstream.url()));
     let gateway = Gateway::start(&yaml).await;
     let body = chat("demo").replacen('{', "{\"max_tokens\":2000,", 1);

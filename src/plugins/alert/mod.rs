@@ -66,6 +66,7 @@ pub struct AlertConfig {
     #[schemars(length(max = 64))]
     command: Vec<String>,
     /// What is told of; everything if it is not named.
+    #[schemars(length(min = 1))]
     on: Option<Vec<Kind>>,
     /// The least time between two alerts of one trouble.
     #[schemars(extend("x-min" = "0s", "x-max" = "7d"))]

@@ -182,6 +182,15 @@ impl Keys {
         found
     }
 
+    /// Returns whether any key has a budget in money of its own.
+    pub(super) fn have_money(&self) -> bool {
+        let mut keys = self.by_start.values().flatten();
+        keys.any(|key| {
+            let Budget { day, month } = key.principal.budget;
+            day.money.or(month.money).is_some()
+        })
+    }
+
     /// Returns whether any key has a budget of its own.
     pub(super) fn have_budgets(&self) -> bool {
         let mut keys = self.by_start.values().flatten();
@@ -492,7 +501,8 @@ impl Reader<'_> {
         {
             return Some(rate);
         }
-        let message = "expected a rate such as 60/min, 200k/min, 5/s or 1000/day";
+        let message =
+            "expected a rate such as 60/min, 200k/min, 5/s or 1000/day, of a whole number above 0";
         self.report.problem(mark, field.path, message);
         None
     }
@@ -566,7 +576,7 @@ impl Reader<'_> {
             _ => None,
         };
         if count.is_none() {
-            let message = "expected a number such as 200000, 200k or 1.5M";
+            let message = "expected a whole number above 0 such as 200000, 200k or 1.5M";
             self.report.problem(mark, field.path, message);
         }
         count

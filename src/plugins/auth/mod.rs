@@ -43,7 +43,7 @@ pub use token::{hash_token, new_token};
 
 use super::{
     Build, ConfigError, Configure, Flow, Plugin,
-    rate_limit::{is_listed, limits_of_keys},
+    rate_limit::{is_listed, is_priced, limits_of_keys},
 };
 use crate::{
     config::{Config, problem::shown},
@@ -261,6 +261,10 @@ impl Plugin for Auth {
         if guard.keys.have_budgets() && !is_listed(config, "budget") {
             let message = "keys have budgets of their own that nobody is held to: \
                            add `- budget` behind auth";
+            warnings.push(message.to_owned());
+        } else if guard.keys.have_money() && !is_priced(config) {
+            let message = "keys have budgets in money that nobody is held to, since nothing has \
+                           a price: add `prices` to `budget`";
             warnings.push(message.to_owned());
         }
         warnings

@@ -452,8 +452,8 @@ mod tests {
     #[tokio::test]
     async fn who_goes_on_with_an_answer_has_its_price() {
         let budget = configured(json!({ "day": { "money": 1 }, "prices": [
-            { "model": "*", "group": "gpus", "input": 1, "output": 1 },
-            { "model": "*", "group": "cloud", "input": 5, "output": 5 },
+            { "model": "*", "group": "gpus", "input": 10, "output": 10 },
+            { "model": "*", "group": "cloud", "input": 50, "output": 50 },
         ] }))
         .unwrap();
         let mut sum = 0.0;
@@ -462,7 +462,7 @@ mod tests {
             budget.on_request(&mut ctx).await.unwrap_err();
             ctx.attempts.push(attempt(Verdict::Cut));
             ctx.taken_over_by = taken_over_by;
-            let end = outcome(Ending::Success, Some((700_000, 300_000)));
+            let end = outcome(Ending::Success, Some((70_000, 30_000)));
             budget.on_finish(&mut ctx, &end).await;
             sum += price;
             let statement = budget.ledger.statement(SystemTime::now());

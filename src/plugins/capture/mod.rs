@@ -160,6 +160,13 @@ enum Mark {
     Wanted(Collected),
 }
 
+/// Returns what is wrong with an expression; what stands before it shows the
+/// expression.
+fn last_line(why: &str) -> &str {
+    let line = why.trim_end().lines().last().unwrap_or_default();
+    line.trim_start_matches("error: ")
+}
+
 impl Configure for Capture {
     const NAME: &'static str = "capture";
     const ON_FAILURE: OnFailure = OnFailure::Open;
@@ -170,7 +177,7 @@ impl Configure for Capture {
             Redactor::new(&config.redact, &config.redact_patterns).map_err(|(place, why)| {
                 ConfigError {
                     path: format!("{}.redact_patterns[{place}]", Self::NAME),
-                    message: format!("expected a regular expression: {why}"),
+                    message: format!("expected a regular expression: {}", last_line(&why)),
                 }
             })?;
         let dir = build.base.join(&config.dir);

@@ -15,7 +15,7 @@ use super::{
     folder::{Live, Settings},
     keep::{HourFile, beginning},
     segment::{Make, lock},
-    writer::IMAGE_FRESH,
+    writer::{IMAGE_FRESH, is_link},
 };
 use crate::sharegpt::{dialogue::is_image_ending, read::is_image};
 
@@ -306,7 +306,11 @@ impl<'a> Shelf<'a> {
 /// Returns the images of a folder that are capture's, the longest unused first.
 /// The beginnings of some that a process left when it died go at once.
 fn images(dir: &Path, now: SystemTime) -> io::Result<VecDeque<ImageFile>> {
-    let entries = match fs::read_dir(dir.join("images")) {
+    let folder = dir.join("images");
+    if is_link(&folder) {
+        return Ok(VecDeque::new()); // nothing of ours
+    }
+    let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(VecDeque::new()),
         Err(why) => return Err(why),

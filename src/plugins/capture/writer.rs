@@ -357,6 +357,10 @@ impl<'a> Writer<'a> {
     /// Closes the folders to others, if they were there before and are open.
     fn close_folders(&mut self) {
         for dir in [self.live.dir.clone(), self.live.dir.join("images")] {
+            let is_images = dir != self.live.dir;
+            if is_images && is_link(&dir) {
+                continue; // somebody else's
+            }
             match close_folder(&dir) {
                 Ok(()) => {}
                 Err(_) if self.told_open => {}
@@ -373,6 +377,7 @@ impl<'a> Writer<'a> {
         if self.images_known.contains(&image.name) {
             return Ok(());
         }
+        own_folder(&self.live.dir.join("images"))?;
         let path = self.live.dir.join(&image.name);
         let is_fresh = match fs::symlink_metadata(&path) {
             Ok(found) if found.len() == image.bytes.len() as u64 && is_ours(&found) => found
@@ -396,7 +401,6 @@ impl<'a> Writer<'a> {
     /// all.
     fn write_image(&mut self, path: &Path, image: &Image) -> io::Result<()> {
         self.syncer.room()?;
-        make_folder(&self.live.dir.join("images"))?;
         let pid = std::process::id();
         let part = path.with_extension(format!("{pid}.part"));
         let written = OpenOptions::new()
@@ -512,6 +516,25 @@ fn is_ours(found: &fs::Metadata) -> bool {
     found.permissions().mode() & 0o077 == 0
 }
 
+/// Returns whether a link stands there.
+pub(super) fn is_link(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink())
+}
+
+/// Makes a folder within one of ours, unless it is there.
+///
+/// # Errors
+/// It cannot be made, or a link stands in its place: what we write stays where
+/// it was asked for.
+fn own_folder(dir: &Path) -> io::Result<()> {
+    make_folder(dir)?;
+    if !is_link(dir) {
+        return Ok(());
+    }
+    let message = format!("a link stands in the place of the folder {}", dir.display());
+    Err(io::Error::new(io::ErrorKind::NotADirectory, message))
+}
+
 /// Returns whether there is less space than is to be left: of a small disk a
 /// twentieth, so that it can be used at all.
 fn is_short(dir: &Path, settings: &Settings) -> bool {
@@ -542,6 +565,17 @@ fn words_for(why: &io::Error) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_link_is_no_folder_of_ours() {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let link = dir.path().join("images");
+        std::os::unix::fs::symlink(elsewhere.path(), &link).unwrap();
+        let refused = own_folder(&link).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::NotADirectory);
+        own_folder(&dir.path().join("other")).unwrap();
+        own_folder(&dir.path().join("other")).unwrap();
+    }
+
     use prometheus::IntGauge;
 
     use super::*;

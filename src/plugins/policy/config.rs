@@ -8,10 +8,10 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::text::Role;
-use crate::config::Size;
+use crate::config::{Size, Time};
 
 /// What may be asked, and what may be answered.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PolicyConfig {
     /// How long prompts may be.
@@ -23,12 +23,30 @@ pub struct PolicyConfig {
     /// Rules about what goes to a model, in this order.
     #[schemars(length(max = 1000))]
     pub(super) prompt: Vec<PromptConfig>,
+    /// How long the rules about what goes to a model may look at one request,
+    /// all together; then it is refused.
+    #[schemars(extend("x-min" = "1ms", "x-max" = "10m"))]
+    pub(super) time_budget: Time,
     /// Rules about what comes from it, in this order.
     #[schemars(length(max = 100))]
     pub(super) output: Vec<OutputConfig>,
     /// The most characters of a stream that are held back while they may be the
     /// beginning of a match.
     pub(super) window: Window,
+}
+
+impl Default for PolicyConfig {
+    fn default() -> Self {
+        Self {
+            context: None,
+            parameters: ParametersConfig::default(),
+            media: MediaConfig::default(),
+            prompt: Vec::new(),
+            time_budget: Time::secs(5),
+            output: Vec::new(),
+            window: Window::default(),
+        }
+    }
 }
 
 /// Characters.

@@ -39,6 +39,10 @@ pub(super) enum Fit {
     Rerouted,
 }
 
+/// What has become of a prompt, and how many tokens may still be put into it;
+/// `None` where nothing bounds it.
+type Fitted = (Fit, Option<u64>);
+
 fn get(tokens: Tokens) -> u64 {
     u64::from(tokens.0.get())
 }
@@ -107,16 +111,16 @@ impl Context {
         request: &mut ApiRequest,
         principal: Option<&Principal>,
         hits: &Hits,
-    ) -> Result<Fit> {
+    ) -> Result<Fitted> {
         let Some(limit) = self.limit_of(&request.model) else {
-            return Ok(Fit::Fits);
+            return Ok((Fit::Fits, None));
         };
         let Some((key, shape)) = prompt_of(request) else {
-            return Ok(Fit::Fits);
+            return Ok((Fit::Fits, None));
         };
         let measured = self.measure(request, key, shape, limit);
         if measured.total() <= limit {
-            return Ok(Fit::Fits);
+            return Ok((Fit::Fits, Some(limit - measured.total())));
         }
         let refuse = |limit: u64| {
             hits.note("context", "reject", 1);
@@ -129,7 +133,8 @@ impl Context {
                 match self.trim(request, key, shape, room)? {
                     Some(left_out) => {
                         hits.note("context", "trim", 1);
-                        Ok(Fit::Trimmed(left_out))
+                        let now = self.measure(request, key, shape, limit).total();
+                        Ok((Fit::Trimmed(left_out), Some(limit.saturating_sub(now))))
                     }
                     None => refuse(limit),
                 }
@@ -145,10 +150,12 @@ impl Context {
                 if !may {
                     return refuse(limit);
                 }
-                if let Some(most) = most
-                    && self.measure(request, key, shape, most).total() > most
-                {
-                    return refuse(most);
+                let mut room = None;
+                if let Some(most) = most {
+                    room = most.checked_sub(self.measure(request, key, shape, most).total());
+                    if room.is_none() {
+                        return refuse(most);
+                    }
                 }
                 hits.note("context", "route", 1);
                 if let Some(model) = &to.model {
@@ -156,11 +163,10 @@ impl Context {
                     request.edit(&edits)?;
                 }
                 if to.groups.is_empty() {
-                    return Ok(Fit::Rerouted);
+                    return Ok((Fit::Rerouted, room));
                 }
-                Ok(Fit::Groups(
-                    to.groups.iter().map(|name| name.as_str().into()).collect(),
-                ))
+                let groups = to.groups.iter().map(|name| name.as_str().into());
+                Ok((Fit::Groups(groups.collect()), room))
             }
         }
     }
@@ -183,6 +189,11 @@ impl Context {
             prompt += ruler.prompts(value, limit.saturating_sub(prompt));
         }
         Measured { prompt, answer }
+    }
+
+    /// Counts a text as the prompt of a model is counted.
+    pub(super) fn count(&self, model: &str, text: &str) -> u64 {
+        Ruler::new(&self.tokenizers, model, self.media).text(text, u64::MAX)
     }
 
     fn ruler(&self, request: &ApiRequest) -> Ruler<'_> {
@@ -331,6 +342,30 @@ mod tests {
         context(config)
             .unwrap()
             .apply(request, None, &Hits::default())
+            .map(|(fit, _)| fit)
+    }
+
+    #[test]
+    fn it_is_known_what_is_left() {
+        let left = |config: Value, more: &str| {
+            let mut request = chat(&json!([ten("user", 'a'), ten("user", 'b')]), more);
+            let context = context(config).unwrap();
+            let (_, room) = context.apply(&mut request, None, &Hits::default()).unwrap();
+            let now = context.measure(&request, "messages", Shape::Turns, 1000);
+            room.map(|room| (room, room + now.total()))
+        };
+        assert_eq!(left(json!({ "limit": 30 }), ""), Some((7, 30)));
+        let asked = r#","max_tokens":5"#;
+        assert_eq!(left(json!({ "limit": 30 }), asked), Some((2, 30)));
+        let trim = json!({ "limit": 20, "over": "trim" });
+        assert_eq!(left(trim, asked), Some((2, 20)));
+        let to = json!({ "groups": ["large"], "limit": 100 });
+        let route = json!({ "limit": 20, "over": "route", "route_to": to });
+        assert_eq!(left(route, ""), Some((77, 100)));
+        let to = json!({ "groups": ["large"] });
+        let route = json!({ "limit": 20, "over": "route", "route_to": to });
+        assert_eq!(left(route, ""), None);
+        assert_eq!(left(json!({ "models": { "other": 20 } }), ""), None);
     }
 
     /// A message of 10 tokens.

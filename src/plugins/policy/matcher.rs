@@ -10,6 +10,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use super::watch::{Stopped, Watch};
 use regex_automata::{
     Anchored, Input,
     hybrid::{
@@ -30,12 +31,38 @@ const CACHES_MAX: usize = 4;
 /// decided by then counts as one where a match may begin.
 const STEPS_MAX: usize = 256 * 1024;
 
+/// How much of a text is searched between two looks at the clock, in bytes.
+const SLICE_BYTES: usize = 128 * 1024;
+/// The longest match, in bytes, for which a text is searched in slices; where
+/// there may be a longer one an automaton first looks whether there is any.
+const MATCH_BYTES_MAX: usize = 64 * 1024;
+
 /// A set of expressions, the first of which counts where several match at one
 /// place.
 pub(super) struct Matcher {
     regex: Regex,
     dfa: DFA,
+    /// The longest match, in bytes; `None` if there is no longest, or it is very
+    /// long.
+    longest: Option<usize>,
     caches: Mutex<Vec<Cache>>,
+}
+
+/// Returns the longest match of any of them.
+fn longest(patterns: &[String]) -> Option<usize> {
+    let mut longest = 0;
+    for pattern in patterns {
+        let parsed = regex_syntax::parse(pattern).ok()?;
+        longest = longest.max(parsed.properties().maximum_len()?);
+    }
+    (longest <= MATCH_BYTES_MAX).then_some(longest)
+}
+
+/// Returns the first border between characters at or behind a place.
+fn border(text: &str, at: usize) -> usize {
+    (at..text.len())
+        .find(|&at| text.is_char_boundary(at))
+        .unwrap_or(text.len())
 }
 
 impl Matcher {
@@ -64,8 +91,85 @@ impl Matcher {
         Ok(Self {
             regex,
             dfa,
+            longest: longest(patterns),
             caches: Mutex::new(Vec::new()),
         })
+    }
+
+    /// Returns what [`find`](Self::find) does, slice by slice.
+    ///
+    /// # Errors
+    /// It had to end before.
+    pub(super) fn search(
+        &self,
+        text: &str,
+        from: usize,
+        watch: &Watch,
+    ) -> Result<Option<Range<usize>>, Stopped> {
+        watch.goes_on()?;
+        if text.len().saturating_sub(from) <= SLICE_BYTES {
+            return Ok(self.find(text, from));
+        }
+        let Some(longest) = self.longest else {
+            return match self.is_there(text, from, watch)? {
+                false => Ok(None),
+                true => Ok(self.find(text, from)),
+            };
+        };
+        let mut start = from;
+        while start < text.len() {
+            watch.goes_on()?;
+            let next = border(text, start.saturating_add(SLICE_BYTES));
+            // A match that begins in this slice ends here.
+            let end = border(text, next.saturating_add(longest));
+            let input = Input::new(text).range(start..end);
+            let mut all = self.regex.find_iter(input);
+            let found = all.find(|found| !found.is_empty());
+            match found.map(|found| found.range()) {
+                Some(found) if found.start < next || end == text.len() => return Ok(Some(found)),
+                _ => start = next,
+            }
+        }
+        Ok(None)
+    }
+
+    /// Says whether there may be a match at or behind `from`.
+    fn is_there(&self, text: &str, from: usize, watch: &Watch) -> Result<bool, Stopped> {
+        let kept = self.lock().pop();
+        let mut cache = kept.unwrap_or_else(|| self.dfa.create_cache());
+        let is_there = self.walk(&mut cache, text, from, watch);
+        let mut caches = self.lock();
+        if caches.len() < CACHES_MAX {
+            caches.push(cache);
+        }
+        is_there
+    }
+
+    fn walk(
+        &self,
+        cache: &mut Cache,
+        text: &str,
+        from: usize,
+        watch: &Watch,
+    ) -> Result<bool, Stopped> {
+        let input = Input::new(text).range(from..);
+        let Ok(mut state) = self.dfa.start_state_forward(cache, &input) else {
+            return Ok(true);
+        };
+        let rest = text.as_bytes().get(from..).unwrap_or_default();
+        for slice in rest.chunks(SLICE_BYTES) {
+            watch.goes_on()?;
+            for &byte in slice {
+                match self.dfa.next_state(cache, state, byte) {
+                    Ok(next) if next.is_dead() => return Ok(false),
+                    Ok(next) if !next.is_match() && !next.is_quit() => state = next,
+                    // Where the automaton gives up anything may come.
+                    _ => return Ok(true),
+                }
+            }
+        }
+        let ended = self.dfa.next_eoi_state(cache, state);
+        Ok(ended.map_or(true, |ended| ended.is_match()))
     }
 
     /// Returns the first match that is not empty at or behind `from`.
@@ -227,6 +331,38 @@ mod tests {
         assert_eq!(set.undecided("an ass", 0..6), Some(3));
         assert_eq!(set.undecided("an assa", 0..7), None);
         assert_eq!(set.find("an ass.", 0), Some(3..6));
+    }
+
+    #[test]
+    fn what_is_searched_in_slices_is_found_where_it_is() {
+        let watch = Watch::new(std::time::Duration::from_secs(60));
+        for pattern in ["nee.{0,90}dle", "nee.*?dle", r"\bnee\w*é", "nee(dle)?"] {
+            let set = matcher(&[pattern]);
+            for before in [0, 5, SLICE_BYTES - 4, SLICE_BYTES, 3 * SLICE_BYTES + 1] {
+                let mut text = " é".repeat(before / 3);
+                text.push_str(" neeé---dle ");
+                text.push_str(&" x".repeat(SLICE_BYTES));
+                assert_eq!(
+                    set.search(&text, 0, &watch).unwrap(),
+                    set.find(&text, 0),
+                    "{pattern} {before}"
+                );
+            }
+            let none = "ne edle ".repeat(SLICE_BYTES / 3);
+            assert_eq!(set.search(&none, 0, &watch), Ok(None), "{pattern}");
+        }
+    }
+
+    #[test]
+    fn a_search_that_nobody_waits_for_ends() {
+        let text = "foo ".repeat(SLICE_BYTES);
+        for pattern in ["foo.{0,200}baz", "foo.*baz"] {
+            let watch = Watch::new(std::time::Duration::from_secs(60));
+            drop(watch.waiting());
+            assert_eq!(matcher(&[pattern]).search(&text, 0, &watch), Err(Stopped));
+            let late = Watch::new(std::time::Duration::ZERO);
+            assert_eq!(matcher(&[pattern]).search(&text, 0, &late), Err(Stopped));
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::{
     context::Pattern,
     error::{Error, Result},
     openai::{ApiRequest, Endpoint, cursor::Cursor, json},
+    plugins::ConfigError,
 };
 
 /// The members that may hold prompts.
@@ -123,15 +124,27 @@ pub(super) struct Media {
 }
 
 impl Media {
-    pub(super) fn new(config: MediaConfig) -> Self {
-        Self {
+    pub(super) fn new(config: MediaConfig) -> std::result::Result<Self, ConfigError> {
+        let no_host = |host: &String| {
+            let is_v6 = host.starts_with('[') && host.ends_with(']');
+            host.is_empty() || host.contains(['/', '@', ' ']) || host.contains(':') && !is_v6
+        };
+        if let Some(at) = config.hosts.iter().position(no_host) {
+            let message = "expected a host such as example.org or *.example.org, without scheme, \
+                           port and path";
+            return Err(ConfigError {
+                path: format!("policy.media.hosts[{at}]"),
+                message: message.to_owned(),
+            });
+        }
+        Ok(Self {
             hosts: config
                 .hosts
                 .into_iter()
                 .map(|host| Pattern::new(host.to_lowercase()))
                 .collect(),
             data_max: config.data_url.get(),
-        }
+        })
     }
 
     /// Looks at every address of a prompt.
@@ -322,7 +335,8 @@ mod tests {
         let media = Media::new(MediaConfig {
             hosts: hosts.iter().map(|&host| host.to_owned()).collect(),
             data_url: Size(100),
-        });
+        })
+        .map_err(|why| why.path)?;
         let url = serde_json::to_string(url).unwrap();
         let bodies = [
             format!(r#"{{"type":"image_url","image_url":{{"url":{url}}}}}"#),
@@ -370,11 +384,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_host_is_no_address() {
+        for host in ["http://x", "x/y", "x:80", "a@b", ""] {
+            let refused = check(&["*.example.org", host], "data:,");
+            assert_eq!(refused, Err("policy.media.hosts[1]".to_owned()), "{host}");
+        }
+        assert_eq!(check(&["[2001:db8::1]"], "data:,"), Ok(()));
+    }
+
     fn checked(endpoint: Endpoint, body: &str) -> Option<String> {
         let media = Media::new(MediaConfig {
             hosts: Vec::new(),
             data_url: Size(300),
-        });
+        })
+        .unwrap();
         let request = ApiRequest::parse(endpoint, body.to_owned().into(), 64).unwrap();
         let came = media.check(&request, &Hits::default());
         came.err().map(|error| error.code.unwrap().into_owned())

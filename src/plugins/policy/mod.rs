@@ -11,6 +11,7 @@
 //! - [`context`], [`tokens`]: how long a prompt may be, and how long it is
 //! - [`output`]: rules about texts of answers
 //! - [`rule`], [`matcher`]: one rule, and the expressions it looks for
+//! - [`watch`]: when a look at a prompt has to end
 //!
 //! **Invariant:** nothing that a client or a model wrote gets into the log, a
 //! metric or an error; a refusal says what the YAML says.
@@ -26,8 +27,14 @@ mod prompt;
 mod rule;
 mod text;
 mod tokens;
+mod watch;
 
-use std::{collections::HashSet, path::PathBuf, sync::Arc, time::SystemTime};
+use std::{
+    collections::HashSet,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -44,11 +51,14 @@ use self::{
     prompt::{PromptRule, Refusal},
     rule::{Action, Rule},
     text::Role,
+    watch::Watch,
 };
-use super::{Build, ConfigError, Configure, Flow, OnFailure, Pass, Plugin, Wants};
+use super::{
+    Build, ConfigError, Configure, Flow, OnFailure, Pass, Plugin, Wants, rate_limit::lists,
+};
 use crate::{
-    config::Config,
-    context::{Principal, RequestContext},
+    config::{Config, PluginEntry},
+    context::{Principal, RequestContext, Room},
     error::{Error, Result},
     metrics::Metrics,
     openai::{ApiRequest, Frame},
@@ -80,6 +90,8 @@ struct Work {
     media: Media,
     prompt: Vec<PromptRule>,
     context: Option<Context>,
+    /// How long the rules about texts may look at one request.
+    time_budget: Duration,
     hits: Hits,
 }
 
@@ -92,9 +104,20 @@ struct Governed {
     request: ApiRequest,
     dropped: Vec<String>,
     fit: Fit,
+    /// How many tokens may still be put into its prompt.
+    room: Option<u64>,
 }
 
 impl Hits {
+    /// Returns the refusal of a prompt that takes too long to check.
+    fn late(&self) -> Error {
+        if let Some(metrics) = &self.0 {
+            metrics.limits.with_label_values(&["prompt_check"]).inc();
+        }
+        let message = "checking this prompt takes longer than is allowed: send a shorter one";
+        Error::invalid("prompt_check_timeout", message)
+    }
+
     /// `rule` is a name of the YAML, or a word of ours.
     fn note(&self, part: &str, rule: &str, count: u64) {
         if let (1.., Some(metrics)) = (count, &self.0) {
@@ -107,7 +130,12 @@ impl Hits {
 }
 
 impl Work {
-    fn govern(&self, mut request: ApiRequest, who: Option<&Principal>) -> Result<Governed> {
+    fn govern(
+        &self,
+        mut request: ApiRequest,
+        who: Option<&Principal>,
+        watch: &Watch,
+    ) -> Result<Governed> {
         let trusted = who.is_some_and(|who| {
             let mut patterns = self.parameters.trusted.iter();
             patterns.any(|pattern| pattern.matches(&who.name))
@@ -118,20 +146,40 @@ impl Work {
         if !trusted {
             self.media.check(&request, &self.hits)?;
         }
-        prompt::apply(&self.prompt, &mut request, &self.hits)?;
-        let fit = match &self.context {
+        prompt::apply(&self.prompt, &mut request, &self.hits, watch)?;
+        let (fit, room) = match &self.context {
             Some(context) => context.apply(&mut request, who, &self.hits)?,
-            None => Fit::Fits,
+            None => (Fit::Fits, None),
         };
         Ok(Governed {
             request,
             dropped,
             fit,
+            room,
         })
     }
 }
 
 impl Policy {
+    /// Tells the plugins behind this one how much they may put into the prompt.
+    fn leave_room(&self, ctx: &mut RequestContext, tokens: u64) {
+        let Some(request) = &ctx.request else {
+            return;
+        };
+        let (work, model) = (Arc::clone(&self.work), request.model.clone());
+        let count = move |text: &str| match &work.context {
+            Some(context) => context.count(&model, text),
+            None => 0,
+        };
+        // The narrowest counts.
+        if ctx.room.as_ref().is_none_or(|room| tokens < room.tokens) {
+            ctx.room = Some(Room {
+                tokens,
+                count: Arc::new(count),
+            });
+        }
+    }
+
     /// Looks at a large request on a thread of its own.
     async fn govern_apart(
         &self,
@@ -141,8 +189,11 @@ impl Policy {
         let threads = Arc::clone(&self.threads);
         let permit = threads.acquire_owned().await;
         let work = Arc::clone(&self.work);
+        let watch = Watch::new(work.time_budget);
+        // Dropped with this future, if the client leaves.
+        let _waiting = watch.waiting();
         let done = tokio::task::spawn_blocking(move || {
-            let governed = work.govern(request, who.as_deref());
+            let governed = work.govern(request, who.as_deref(), &watch);
             drop(permit);
             governed
         });
@@ -162,10 +213,16 @@ impl Plugin for Policy {
         };
         let who = ctx.principal.clone();
         let governed = match request.raw.len() {
-            0..=INLINE_BYTES_MAX => self.work.govern(request, who.as_deref())?,
+            0..=INLINE_BYTES_MAX => {
+                let watch = Watch::new(self.work.time_budget);
+                self.work.govern(request, who.as_deref(), &watch)?
+            }
             _ => self.govern_apart(request, who).await?,
         };
         ctx.request = Some(governed.request);
+        if let Some(tokens) = governed.room {
+            self.leave_room(ctx, tokens);
+        }
         if let Some(names) = told(&governed.dropped) {
             ctx.reply.append(DROPPED, names);
         }
@@ -235,12 +292,28 @@ impl Plugin for Policy {
 
     fn warnings(&self, config: &Config) -> Vec<String> {
         let context = self.work.context.iter();
-        context
+        let mut warnings: Vec<String> = context
             .flat_map(Context::groups)
             .filter(|group| !config.groups.contains_key(*group))
             .map(|group| format!("long prompts go to the group {group}, which does not exist"))
-            .collect()
+            .collect();
+        let judges = self.work.context.is_some() || !self.work.prompt.is_empty();
+        let mut lists = lists(config);
+        if judges && lists.any(|list| behind(list, Self::NAME, "rag")) {
+            let message = "expected before rag in the list of plugins: behind it what strangers \
+                           wrote on web pages is held to these rules and limits, and has requests \
+                           refused or trimmed that are in order";
+            warnings.push(message.to_owned());
+        }
+        warnings
     }
+}
+
+/// Returns whether a plugin stands behind another in a list.
+fn behind(list: &[PluginEntry], plugin: &str, other: &str) -> bool {
+    let place = |name: &str| list.iter().rposition(|entry| entry.name == name);
+    let first = list.iter().position(|entry| entry.name == other);
+    first.is_some_and(|first| place(plugin).is_some_and(|place| place > first))
 }
 
 /// Returns the names of dropped parameters as a header can carry them.
@@ -307,8 +380,9 @@ impl Configure for Policy {
         Ok(Self {
             work: Arc::new(Work {
                 parameters: Parameters::new(config.parameters)?,
-                media: Media::new(config.media),
+                media: Media::new(config.media)?,
                 prompt,
+                time_budget: config.time_budget.get(),
                 context: match config.context {
                     Some(context) => Some(Context::new(context, build.base)?),
                     None => None,

@@ -41,6 +41,14 @@ impl Parameters {
             message: message.to_owned(),
         };
         for (name, limit) in &config.limits {
+            if FIXED.contains(&name.as_str()) {
+                let message = "expected another parameter: this one says what is asked for";
+                return Err(wrong(format!("limits.{name}"), message));
+            }
+            if limit.min.is_none() && limit.max.is_none() {
+                let message = "expected min, max, or both";
+                return Err(wrong(format!("limits.{name}"), message));
+            }
             if let Some(max) = limit.max
                 && (!max.is_finite() || max <= 0.0)
             {
@@ -63,6 +71,13 @@ impl Parameters {
                 if positive && value.as_u64().is_none_or(|value| value == 0) {
                     let message = "expected a whole number above 0";
                     return Err(wrong(format!("{section}.{name}"), message));
+                }
+                let limit = limit_of(&config.limits, name);
+                if let (Some(limit), Some(number)) = (limit, value.as_f64())
+                    && let Some(range) = limit.range_without(number)
+                {
+                    let message = format!("expected a number that limits allow: {range}");
+                    return Err(wrong(format!("{section}.{name}"), &message));
                 }
             }
         }
@@ -172,6 +187,33 @@ impl Parameters {
     }
 }
 
+impl LimitConfig {
+    /// Says what is allowed, if a number is not.
+    fn range_without(&self, number: f64) -> Option<String> {
+        let nearest = number.max(self.min.unwrap_or(number));
+        let nearest = nearest.min(self.max.unwrap_or(nearest));
+        (nearest != number).then(|| self.range())
+    }
+
+    fn range(&self) -> String {
+        match (self.min, self.max) {
+            (Some(min), Some(max)) => format!("from {min} to {max}"),
+            (None, Some(max)) => format!("at most {max}"),
+            (Some(min), None) => format!("at least {min}"),
+            (None, None) => String::new(),
+        }
+    }
+}
+
+/// Returns the limit that holds for a parameter: each bound on the tokens of an
+/// answer is one on all of them.
+fn limit_of<'a>(limits: &'a IndexMap<String, LimitConfig>, name: &str) -> Option<&'a LimitConfig> {
+    let of_tokens = TOKEN_KEYS.contains(&name);
+    let others = TOKEN_KEYS.iter().filter(|_| of_tokens);
+    let named = limits.get(name);
+    named.or_else(|| others.filter_map(|key| limits.get(*key)).next())
+}
+
 /// Says whether a parameter that the YAML names is one of this call's.
 fn applies(request: &ApiRequest, name: &str) -> bool {
     is_known(request.endpoint, name) || request.endpoint.streams() && !is_known_anywhere(name)
@@ -211,12 +253,7 @@ fn limit_one(request: &mut ApiRequest, name: &str, limit: &LimitConfig, hits: &H
         }
         hits.note("parameters", "limits", 1);
         if limit.over == Over::Reject {
-            let range = match (limit.min, limit.max) {
-                (Some(min), Some(max)) => format!("from {min} to {max}"),
-                (None, Some(max)) => format!("at most {max}"),
-                (Some(min), None) => format!("at least {min}"),
-                (None, None) => String::new(),
-            };
+            let range = limit.range();
             let message = format!("`{key}` must be {range}");
             return Err(Error::invalid("invalid_value", message).param(key.to_owned()));
         }

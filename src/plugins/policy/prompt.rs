@@ -14,6 +14,7 @@ use super::{
     Hits,
     rule::{Action, Rule},
     text::{self, Aside, Piece, Role, Shape, asides, pieces, plain, quoted, spliced, take},
+    watch::{Stopped, Watch},
 };
 use crate::{
     error::{Error, Result},
@@ -70,8 +71,14 @@ struct Text {
 /// Applies the rules in their order.
 ///
 /// # Errors
-/// The refusal of the first rule that denies a text.
-pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits) -> Result<()> {
+/// The refusal of the first rule that denies a text; 400 `prompt_check_timeout`
+/// if it takes too long to find out.
+pub(super) fn apply(
+    rules: &[PromptRule],
+    request: &mut ApiRequest,
+    hits: &Hits,
+    watch: &Watch,
+) -> Result<()> {
     if rules.is_empty() || !request.endpoint.streams() && request.get("messages").is_none() {
         return Ok(());
     }
@@ -113,7 +120,10 @@ pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits)
             } => {
                 for member in &mut all {
                     if rule.action == Action::Deny {
-                        if member.has(rule, roles) {
+                        if member
+                            .has(rule, roles, watch)
+                            .map_err(|Stopped| hits.late())?
+                        {
                             hits.note("prompt", &rule.name, 1);
                             return Err(refusal.error().param(member.key));
                         }
@@ -124,7 +134,9 @@ pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits)
                         .iter_mut()
                         .filter(|text| roles.contains(&text.piece.role))
                     {
-                        let passed = rule.apply(&text.text);
+                        let passed = rule
+                            .rewrite(&text.text, watch)
+                            .map_err(|Stopped| hits.late())?;
                         hits.note("prompt", &rule.name, passed.hits);
                         if passed.hits > 0 {
                             text.changed |= passed.text != text.text;
@@ -156,11 +168,23 @@ pub(super) fn apply(rules: &[PromptRule], request: &mut ApiRequest, hits: &Hits)
 
 impl Member {
     /// Says whether a rule finds anything in what has these roles.
-    fn has(&self, rule: &Rule, roles: &[Role]) -> bool {
-        let finds = |text: &str| rule.matcher.find(text, 0).is_some();
-        let mut asides = self.asides.iter();
-        if asides.any(|aside| roles.contains(&aside.role) && finds(&aside.text)) {
-            return true;
+    fn has(
+        &self,
+        rule: &Rule,
+        roles: &[Role],
+        watch: &Watch,
+    ) -> std::result::Result<bool, Stopped> {
+        let finds = |text: &str| -> std::result::Result<bool, Stopped> {
+            Ok(rule.matcher.search(text, 0, watch)?.is_some())
+        };
+        for aside in self
+            .asides
+            .iter()
+            .filter(|aside| roles.contains(&aside.role))
+        {
+            if finds(&aside.text)? {
+                return Ok(true);
+            }
         }
         // A template joins the texts of a message, some with a line's end.
         let messages = self
@@ -171,13 +195,16 @@ impl Member {
                 .iter()
                 .filter(|text| roles.contains(&text.piece.role));
             let texts: Vec<&str> = texts.map(|text| &*text.text).collect();
-            if texts.iter().any(|text| finds(text))
-                || texts.len() > 1 && (finds(&texts.concat()) || finds(&texts.join("\n")))
-            {
-                return true;
+            for text in &texts {
+                if finds(text)? {
+                    return Ok(true);
+                }
+            }
+            if texts.len() > 1 && (finds(&texts.concat())? || finds(&texts.join("\n"))?) {
+                return Ok(true);
             }
         }
-        false
+        Ok(false)
     }
 }
 

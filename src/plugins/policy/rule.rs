@@ -5,7 +5,10 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use super::matcher::Matcher;
+use super::{
+    matcher::Matcher,
+    watch::{Stopped, Watch},
+};
 
 /// What is done to what matches.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,8 +50,27 @@ pub(super) struct Passed {
 
 impl Rule {
     /// Applies the rule to a whole text.
+    #[cfg(test)]
     pub(super) fn apply(&self, text: &str) -> Passed {
         Stage::default().push(self, text, true, 0)
+    }
+
+    /// Applies the rule to a text that may be large; what it finds may not end
+    /// the text.
+    ///
+    /// # Errors
+    /// It had to end before.
+    pub(super) fn rewrite(&self, text: &str, watch: &Watch) -> Result<Passed, Stopped> {
+        let mut passed = Passed::default();
+        let mut at = 0;
+        while let Some(found) = self.matcher.search(text, at, watch)? {
+            passed.hits += 1;
+            passed.text.push_str(slice(text, at..found.start));
+            self.put(slice(text, found.clone()), &mut passed.text);
+            at = found.end;
+        }
+        passed.text.push_str(slice(text, at..text.len()));
+        Ok(passed)
     }
 
     /// Puts into `out` what stands in the place of a match; says whether the

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
+    config::PluginEntry,
     openai::{Endpoint, Framer},
     resources::Resources,
 };
@@ -703,6 +704,71 @@ fn what_is_dropped_is_told_in_plain_letters() {
     assert_eq!(told_names(&[]), None);
 }
 
+#[test]
+fn a_search_in_front_of_the_rules_is_worth_a_warning() {
+    let of = |names: &[&str]| {
+        let mut config = Config::default();
+        let entry = |name: &&str| PluginEntry {
+            name: (*name).to_owned(),
+            config: Value::Null,
+        };
+        config.plugins = names.iter().map(entry).collect();
+        config
+    };
+    for settings in [
+        json!({ "context": { "limit": 5 } }),
+        json!({ "prompt": [{ "deny": ["a"] }] }),
+    ] {
+        let policy = policy(settings).unwrap();
+        assert_eq!(policy.warnings(&of(&["rag", "policy"])).len(), 1);
+        assert_eq!(policy.warnings(&of(&["policy", "rag"])).len(), 0);
+        assert_eq!(policy.warnings(&of(&["policy"])).len(), 0);
+    }
+    let policy = policy(json!({})).unwrap();
+    assert_eq!(policy.warnings(&of(&["rag", "policy"])).len(), 0);
+}
+
+#[tokio::test]
+async fn what_is_left_of_the_context_is_told_to_who_comes_behind() {
+    let policy = policy(json!({ "context": { "limit": 100 } })).unwrap();
+    let body =
+        json!({ "model": "m", "messages": [{ "role": "user", "content": "word".repeat(43) }] });
+    let mut context = ctx(Endpoint::ChatCompletions, &body);
+    ask(&policy, &mut context).await.unwrap();
+    let room = context.room.unwrap();
+    assert_eq!(room.tokens, 100 - 43 - 4 - 3);
+    assert!(room.fits(&"word".repeat(42)) && !room.fits(&"word".repeat(43)));
+}
+
+#[tokio::test]
+async fn rules_that_take_too_long_or_that_nobody_waits_for_end() {
+    let config =
+        json!({ "prompt": [{ "deny": ["foo.{0,200}bar.{0,200}baz"] }], "time_budget": "1ms" });
+    let heavy = policy(config).unwrap();
+    let long = "foo ".repeat(1_000_000);
+    let body = json!({ "model": "m", "messages": [{ "role": "user", "content": long }] });
+    let error = ask(&heavy, &mut ctx(Endpoint::ChatCompletions, &body))
+        .await
+        .unwrap_err();
+    assert_eq!(error.code.as_deref(), Some("prompt_check_timeout"));
+    assert_eq!(error.status, 400);
+
+    let config =
+        json!({ "prompt": [{ "deny": ["foo.{0,200}bar.{0,200}baz"] }], "time_budget": "60s" });
+    let patient = policy(config).unwrap();
+    let mut asked = ctx(Endpoint::ChatCompletions, &body);
+    {
+        let leaving = ask(&patient, &mut asked);
+        let mut leaving = std::pin::pin!(leaving);
+        assert!(futures_util::poll!(&mut leaving).is_pending());
+    }
+    // The thread gives its permit back when it ends: far before it is through.
+    let threads = u32::try_from(std::thread::available_parallelism().map_or(2, usize::from));
+    let all = patient.threads.acquire_many(threads.unwrap());
+    let all = tokio::time::timeout(std::time::Duration::from_secs(30), all);
+    assert!(all.await.is_ok());
+}
+
 fn told_names(names: &[&str]) -> Option<String> {
     let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
     super::told(&names).map(|value| value.to_str().unwrap().to_owned())
@@ -729,6 +795,27 @@ fn settings_that_make_no_sense_are_mistakes_with_their_place() {
             "policy.output[1].name",
         ),
         (json!({ "context": {} }), "policy.context"),
+        (
+            json!({ "parameters": { "limits": { "n": { "max": 4 } }, "force": { "n": 5 } } }),
+            "policy.parameters.force.n",
+        ),
+        (
+            json!({ "parameters": { "limits": { "max_tokens": { "max": 4 } },
+                "defaults": { "max_completion_tokens": 5 } } }),
+            "policy.parameters.defaults.max_completion_tokens",
+        ),
+        (
+            json!({ "parameters": { "force": { "best_of": 9 } , "limits": { "best_of": { "max": 8 } } } }),
+            "policy.parameters.force.best_of",
+        ),
+        (
+            json!({ "parameters": { "limits": { "model": { "max": 1 } } } }),
+            "policy.parameters.limits.model",
+        ),
+        (
+            json!({ "parameters": { "limits": { "temperature": {} } } }),
+            "policy.parameters.limits.temperature",
+        ),
         (
             json!({ "parameters": { "limits": { "n": { "max": 0 } } } }),
             "policy.parameters.limits.n.max",

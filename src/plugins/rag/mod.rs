@@ -40,6 +40,7 @@ use tokio::sync::Semaphore;
 use self::{
     answer::{Adds, Citing},
     cache::Cache,
+    found::Found,
     inject::Cite,
     responses::ResponseStream,
     search::{Engine, Question, Search, Searched},
@@ -49,7 +50,7 @@ use self::{
 use super::{Build, ConfigError, Configure, Flow, OnFailure, Pass, Plugin, Wants};
 use crate::{
     config::Config,
-    context::RequestContext,
+    context::{RequestContext, Room},
     error::{Error, Result},
     openai::{ApiRequest, Edit, Endpoint, Frame},
     outbound::Outbound,
@@ -129,6 +130,12 @@ impl Configure for Rag {
     type Config = RagConfig;
 
     fn configure(config: RagConfig, build: &Build<'_>) -> Result<Self, ConfigError> {
+        if config.when == When::Requested && config.triggers.is_empty() {
+            return Err(ConfigError {
+                path: format!("{}.triggers", Self::NAME),
+                message: "expected a way to ask for a search, or when: always".to_owned(),
+            });
+        }
         let mut engines = Vec::with_capacity(config.retrievers.len());
         for (index, entry) in config.retrievers.iter().enumerate() {
             let (name, retriever) =
@@ -342,19 +349,22 @@ impl Rag {
             Searched::Earlier(found) => (found, Told::Cached),
             Searched::Failed => return Told::Failed,
         };
-        ctx.reply
-            .insert(RESULTS, HeaderValue::from(found.sources.len()));
         if found.sources.is_empty() {
+            ctx.reply.insert(RESULTS, HeaderValue::from(0));
             return told;
         }
         let Some(request) = &mut ctx.request else {
             return Told::Skipped;
         };
         let cite = inject::cite_of(request);
-        if !put_in(request, &inject::block(&found, cite), self.place) {
-            ctx.reply.remove(RESULTS);
+        let Some((found, block)) = fitting(found, cite, ctx.room.as_ref()) else {
+            return Told::Skipped;
+        };
+        if !put_in(request, &block, self.place) {
             return Told::Skipped;
         }
+        ctx.reply
+            .insert(RESULTS, HeaderValue::from(found.sources.len()));
         if cite == Cite::Numbers {
             let adding = |adds| Adding {
                 citing: Citing {
@@ -382,6 +392,21 @@ impl Answering {
             // Completions have no annotations.
             (Adds::Annotations, Endpoint::Completions) => None,
             (Adds::Annotations, _) => Some(&mut self.annotations),
+        }
+    }
+}
+
+/// Returns as many of the results, the best first, as there is room for in the
+/// prompt, and the block they are; `None` if there is room for none.
+fn fitting(mut found: Arc<Found>, cite: Cite, room: Option<&Room>) -> Option<(Arc<Found>, String)> {
+    loop {
+        let block = inject::block(&found, cite);
+        if room.is_none_or(|room| room.fits(&block)) {
+            return Some((found, block));
+        }
+        Arc::make_mut(&mut found).sources.pop();
+        if found.sources.is_empty() {
+            return None;
         }
     }
 }
@@ -448,7 +473,8 @@ fn header_flag<'a>(mut values: impl Iterator<Item = &'a HeaderValue>) -> Result<
         (Some(b"0" | b"false"), None) => false,
         (Some(b"1" | b"true"), None) => true,
         _ => {
-            let message = "x-forebay-research must be 0 or 1, and there only once";
+            let message =
+                "x-forebay-research must be 1 (or true) or 0 (or false), and there only once";
             return Err(Error::invalid("invalid_header", message));
         }
     };

@@ -141,6 +141,32 @@ fn retrievers_that_nobody_may_ask_are_worth_a_warning() {
 }
 
 #[test]
+fn only_as_many_results_as_there_is_room_for() {
+    let hit = |n: usize| retrievers::Hit {
+        title: "t".to_owned(),
+        url: format!("https://{n}.test/"),
+        snippet: "word ".repeat(80),
+    };
+    let found = std::sync::Arc::new(Found::of((0..3).map(hit).collect(), 3, 1000));
+    let room = |tokens| Room {
+        tokens,
+        count: std::sync::Arc::new(|text: &str| text.len() as u64 / 4),
+    };
+    let fits = |tokens| {
+        let (found, block) = fitting(found.clone(), Cite::Numbers, Some(&room(tokens)))?;
+        assert!(block.len() as u64 / 4 < tokens);
+        Some(found.sources.len())
+    };
+    assert_eq!(fits(100_000), Some(3));
+    assert_eq!(fits(460), Some(2));
+    assert_eq!(fits(350), Some(1));
+    assert_eq!(fits(100), None);
+    let all = fitting(found.clone(), Cite::Numbers, None);
+    assert_eq!(all.unwrap().0.sources.len(), 3);
+    assert_eq!(found.sources.len(), 3);
+}
+
+#[test]
 fn the_size_of_the_context_is_a_number_of_results() {
     let rag = rag(json!({ "results": 3 }));
     for (size, results) in [

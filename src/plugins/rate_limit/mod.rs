@@ -26,6 +26,7 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use prometheus::IntCounterVec;
 use schemars::JsonSchema;
 use serde::Deserialize;
+use serde_json::Value;
 
 use headers::{Show, in_words, show};
 use table::{Bounds, Held, Refusal, Table, Who};
@@ -356,7 +357,8 @@ fn settings(entry: &PluginEntry) -> serde_json::Result<RateLimitConfig> {
     serde_json::from_value(settings)
 }
 
-fn lists(config: &Config) -> impl Iterator<Item = &[PluginEntry]> {
+/// Returns every list of plugins: the general one, and those of routes.
+pub(super) fn lists(config: &Config) -> impl Iterator<Item = &[PluginEntry]> {
     let own = config
         .routes
         .iter()
@@ -374,6 +376,16 @@ fn asks_for_keys(config: &Config) -> bool {
 pub(super) fn is_listed(config: &Config, plugin: &str) -> bool {
     let mut entries = lists(config).flatten();
     entries.any(|entry| entry.name == plugin)
+}
+
+/// Returns whether every `budget` knows what tokens cost.
+pub(super) fn is_priced(config: &Config) -> bool {
+    let entries = lists(config).flatten();
+    let mut budgets = entries.filter(|entry| entry.name == "budget");
+    budgets.all(|entry| {
+        let prices = entry.config.get("prices").and_then(Value::as_array);
+        prices.is_some_and(|prices| !prices.is_empty())
+    })
 }
 
 /// Returns the limits of the rules that limits of keys take the place of.
