@@ -62,6 +62,8 @@ async fn upgraded(gateway: &Gateway) -> u32 {
     assert!(output.status.success(), "{}", said(&output));
     let pid = pid(gateway).await;
     assert!(said(&output).contains(&format!("upgraded: pid={pid} version=")));
+    // What it logs comes by another way than what it answers.
+    gateway.logged(&format!("upgraded: successor={pid} ")).await;
     assert_eq!(gateway.successors().last(), Some(&pid));
     pid
 }
