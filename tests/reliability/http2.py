@@ -16,6 +16,8 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6
 END_STREAM = ACK = 0x1
 END_HEADERS = 0x4
 STATUS_200 = 0x88
+# How many requests at once the gateway takes on a connection; it says so in its settings.
+STREAMS_MAX = 100
 # What the other side may send: more than any answer here.
 WINDOW = 0x7FFF0000
 
@@ -29,6 +31,7 @@ class Connection:
         self.reader, self.writer = reader, writer
         self.next_id, self.leaving = 1, False
         self.streams = {}
+        self.places = asyncio.Semaphore(STREAMS_MAX)
         settings = struct.pack(">HI", 4, WINDOW)
         update = struct.pack(">I", WINDOW - 65_535)
         writer.write(
@@ -39,6 +42,12 @@ class Connection:
         self.reading = asyncio.create_task(self.read())
 
     async def exchange(self, ask, answer):
+        async with self.places:
+            if self.leaving:
+                raise NotProcessed
+            await self.exchange_now(ask, answer)
+
+    async def exchange_now(self, ask, answer):
         number, self.next_id = self.next_id, self.next_id + 2
         body = {
             "model": ask.model,
