@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    config::{self, Loaded},
+    config::{self, Catalog, Loaded},
     ctl, demo, export,
     gateway::{Gateway, catalog},
     logging,
@@ -157,10 +157,10 @@ fn find(file: &ConfigFile) -> Option<PathBuf> {
     }
 }
 
-fn load(path: Option<&Path>) -> Result<Loaded, config::Problems> {
+fn load(path: Option<&Path>, catalog: &Catalog) -> Result<Loaded, config::Problems> {
     match path {
-        Some(path) => config::load(path, &catalog()),
-        None => config::built_in(&catalog()),
+        Some(path) => config::load(path, catalog),
+        None => config::built_in(catalog),
     }
 }
 
@@ -168,7 +168,7 @@ fn serve(file: &ConfigFile) -> anyhow::Result<ExitCode> {
     server::survive_hangups();
     let predecessor = Predecessor::find().context("the process before this one is lost")?;
     let path = find(file);
-    let loaded = match load(path.as_deref()) {
+    let loaded = match load(path.as_deref(), &catalog()) {
         Ok(loaded) => loaded,
         Err(problems) => {
             if let Some(predecessor) = predecessor {
@@ -239,7 +239,12 @@ fn refuse(problems: &config::Problems) -> ExitCode {
 
 fn check(file: &ConfigFile, print: bool) -> anyhow::Result<ExitCode> {
     let path = find(file);
-    let loaded = match load(path.as_deref()) {
+    // Whoever checks is not the service, nor is what systemd starts to reload it.
+    let catalog = Catalog {
+        credentials_elsewhere: true,
+        ..catalog()
+    };
+    let loaded = match load(path.as_deref(), &catalog) {
         Ok(loaded) => loaded,
         Err(problems) => return Ok(refuse(&problems)),
     };

@@ -41,6 +41,7 @@ pub fn catalog() -> Catalog {
             .iter()
             .map(|entry| (entry.name, (entry.schema)()))
             .collect(),
+        credentials_elsewhere: false,
     }
 }
 
@@ -210,7 +211,8 @@ impl Snapshot {
     }
 
     fn watched(&self) -> Vec<PathBuf> {
-        self.chains().flat_map(|chain| chain.watched()).collect()
+        let of_plugins = self.chains().flat_map(|chain| chain.watched());
+        of_plugins.chain(self.loaded.secret_files()).collect()
     }
 
     /// Returns the general list of plugins, and those of the routes.

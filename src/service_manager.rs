@@ -4,12 +4,22 @@
 //! that, and who has named a successor says nothing more.
 
 use std::{
-    fmt,
+    fmt, io,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            ffi::OsStrExt as _,
+            net::{SocketAddr, UnixDatagram},
+        },
+    },
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use sd_notify::NotifyState;
+
+/// The variable that says where it listens: a path, or `@` and an abstract name.
+const SOCKET: &str = "NOTIFY_SOCKET";
 
 /// The one that started this process, if it wants to hear from it (`NOTIFY_SOCKET`).
 /// One per process.
@@ -44,7 +54,7 @@ impl Drop for Reloading<'_> {
 impl ServiceManager {
     /// Returns whether somebody wants to hear.
     pub fn listens() -> bool {
-        std::env::var_os("NOTIFY_SOCKET").is_some_and(|socket| !socket.is_empty())
+        std::env::var_os(SOCKET).is_some_and(|socket| !socket.is_empty())
     }
 
     /// Returns how long it waits for [`alive`](Self::alive) before it takes the
@@ -85,11 +95,12 @@ impl ServiceManager {
     /// Says that it stops, and how long that may take: longer than the unit allows,
     /// if the configuration wants that.
     pub fn stopping(&self, most: Duration) {
-        let most = u32::try_from(most.as_micros()).unwrap_or(u32::MAX);
+        // The crate's own variant ends at 71 minutes.
+        let most = format!("EXTEND_TIMEOUT_USEC={}", most.as_micros());
         self.say(|_| {
             vec![
                 NotifyState::Stopping,
-                NotifyState::ExtendTimeoutUsec(most),
+                NotifyState::Custom(&most),
                 NotifyState::Status("finishing what is under way"),
             ]
         });
@@ -113,9 +124,23 @@ impl ServiceManager {
 }
 
 fn send(states: &[NotifyState<'_>]) {
-    if let Err(why) = sd_notify::notify(states) {
+    let lines: Vec<_> = states.iter().map(ToString::to_string).collect();
+    if let Err(why) = tell(&lines.join("\n")) {
         log::warn!("the service manager cannot be told: {why}");
     }
+}
+
+/// The crate's own takes a name that begins with `@` for a path.
+fn tell(message: &str) -> io::Result<()> {
+    let Some(socket) = std::env::var_os(SOCKET).filter(|socket| !socket.is_empty()) else {
+        return Ok(());
+    };
+    let address = match socket.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(&socket)?,
+    };
+    let ours = UnixDatagram::unbound()?;
+    ours.send_to_addr(message.as_bytes(), &address).map(drop)
 }
 
 impl fmt::Debug for ServiceManager {

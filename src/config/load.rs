@@ -58,9 +58,22 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Returns whether the file still holds the same bytes.
+    /// Returns whether the file still holds the same bytes, and the files of its
+    /// secrets the same secrets.
     pub fn is_current(&self) -> bool {
         text_of(&self.file).is_ok_and(|text| hex(&Sha256::digest(text.as_bytes())) == self.hash)
+            && self.secrets.iter().all(|(reference, secret)| {
+                !matches!(reference, SecretRef::File(_))
+                    || reference.read(&self.base).is_ok_and(|now| now == *secret)
+            })
+    }
+
+    /// Returns the files of its secrets.
+    pub fn secret_files(&self) -> impl Iterator<Item = PathBuf> {
+        self.secrets.keys().filter_map(|reference| match reference {
+            SecretRef::File(path) => Some(self.base.join(path)),
+            _ => None,
+        })
     }
 
     /// Makes a problem with what stands at a path of the configuration, for
@@ -148,7 +161,14 @@ fn typed(
         }
     };
     validate::validate(&config, &places, report);
-    let resolved = resolve::resolve(&config, &checked.secrets, &places, base, report);
+    let resolved = resolve::resolve(
+        &config,
+        &checked.secrets,
+        &places,
+        base,
+        catalog.credentials_elsewhere,
+        report,
+    );
     resolve::anchor(&mut config, base);
     let groups = config.groups.values_mut();
     groups

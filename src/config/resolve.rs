@@ -31,6 +31,7 @@ pub(super) fn resolve(
     uses: &[SecretUse],
     places: &Places,
     base: &Path,
+    credentials_elsewhere: bool,
     report: &mut Report,
 ) -> Resolved {
     let owners = owners(config, places);
@@ -45,6 +46,12 @@ pub(super) fn resolve(
         match (one.reference.read(base), owner) {
             (Ok(secret), _) => {
                 resolved.secrets.insert(one.reference.clone(), secret);
+            }
+            (Err(SecretError::NoCredential(name, _)), _) if credentials_elsewhere => {
+                let message = format!("credential {name} is not checked: only the service has it");
+                report.warning(one.mark, &one.path, message);
+                let stand_in = Secret::new("a-credential-of-the-service");
+                resolved.secrets.insert(one.reference.clone(), stand_in);
             }
             (
                 Err(why @ (SecretError::Unset(_) | SecretError::NoCredential(..))),

@@ -21,6 +21,9 @@ pub struct Catalog {
     pub strategies: Vec<&'static str>,
     /// The plugins: name, and the schema of what stands under it.
     pub plugins: Vec<(&'static str, Schema)>,
+    /// Whether only the service itself has its credentials: whoever checks its
+    /// configuration from outside takes them for granted.
+    pub credentials_elsewhere: bool,
 }
 
 /// Returns the JSON Schema (draft 2020-12) that is published.
@@ -220,6 +223,7 @@ pub(super) mod tests {
     /// A small catalogue, made by hand: what floor 3 hands in.
     pub(in super::super) fn example() -> Catalog {
         Catalog {
+            credentials_elsewhere: false,
             strategies: vec!["round_robin", "random", "least_connections", "least_used"],
             plugins: vec![("auth", schema_for!(AuthExample))],
         }

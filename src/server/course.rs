@@ -23,6 +23,7 @@ use std::{
 use async_trait::async_trait;
 use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
 use tokio::{
+    process::Child,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     time::{sleep, timeout},
@@ -47,6 +48,12 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How long connections have to close when the last request has ended: to send
 /// what is left of an answer, and to read that there will be none.
 const PARTING: Duration = Duration::from_secs(1);
+/// How long a connection that is idle when the last request has ended may be used
+/// once more: its client may be about to.
+const ONE_MORE: Duration = Duration::from_millis(500);
+/// How long nothing has to be under way: a connection is counted only when a thread
+/// has come to it.
+const SETTLED: Duration = Duration::from_millis(100);
 /// How long those who are told that it ends have to be told.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -59,6 +66,7 @@ pub(super) struct Course {
     pub(super) predecessor: Option<Predecessor>,
     /// Whether that has ended, or never was.
     pub(super) alone: watch::Sender<bool>,
+    pub(super) successor_died: watch::Sender<bool>,
     pub(super) program: Program,
     /// The address of the data listener.
     pub(super) listen: String,
@@ -150,12 +158,21 @@ impl Course {
         let ended = match left {
             Left::Stopped(stop) => {
                 let ended = self.stop(stop, signals).await;
-                if ended == Ended::Idle && ServiceManager::listens() {
-                    self.outlive(signals).await;
+                if ended == Ended::Idle {
+                    self.outlive(true, signals).await;
                 }
                 ended
             }
-            Left::To(serving) => self.leave(serving, signals).await,
+            Left::To(serving) => {
+                let Serving { child, channel, .. } = *serving;
+                let (ended, told) = self.leave(child, signals).await;
+                if ended == Ended::Idle {
+                    self.outlive(told, signals).await;
+                }
+                // Open to the end: the successor waits for that.
+                drop(channel);
+                ended
+            }
         };
         if ended == Ended::Early {
             self.end_early().await;
@@ -268,51 +285,73 @@ impl Course {
         upgraded
     }
 
-    /// Lets what is under way end when a successor serves.
-    async fn leave(&self, serving: Box<Serving>, signals: &mut Signals) -> Ended {
-        // The channel stays open to the end: the successor waits for that.
-        let Serving {
-            mut child, channel, ..
-        } = *serving;
-        let _open = channel;
+    /// Lets what is under way end when a successor serves; says too whether it was
+    /// told to stop meanwhile.
+    async fn leave(&self, mut child: Child, signals: &mut Signals) -> (Ended, bool) {
+        let died = self.successor_died.clone();
         tokio::spawn(async move {
             // Else it would stay as a zombie as long as this process is there.
-            if let Ok(status) = child.wait().await {
-                log::warn!("the successor has ended: {status}");
+            match child.wait().await {
+                // It was told to stop, or has a successor itself.
+                Ok(status) if status.success() => log::info!("the successor has ended"),
+                Ok(status) => {
+                    log::error!("the successor has died, nobody serves: {status}");
+                    died.send_replace(true);
+                }
+                Err(why) => log::warn!("the successor cannot be watched: {why}"),
             }
         });
-        let (drain, keep_alive) = {
-            let snapshot = self.gateway.snapshot();
-            let config = snapshot.config();
-            let limits = &config.limits;
-            let drain = config.upgrade.drain.unwrap_or(limits.stream_timeout);
-            let keep_alive = limits.keep_alive.get().max(limits.header_timeout.get());
-            (drain.get(), keep_alive)
-        };
         // Idle connections end by themselves, as at any time: a client that is just
         // asking on one would take its being closed for a failure.
-        let idle_until = Instant::now() + keep_alive;
-        match self.drain(drain, idle_until, signals).await {
-            Drained::Ended(ended) => ended,
-            Drained::Told(stop) => self.stop(stop, signals).await,
+        let keep_alive = {
+            let snapshot = self.gateway.snapshot();
+            let limits = &snapshot.config().limits;
+            limits.keep_alive.get().max(limits.header_timeout.get())
+        };
+        match self.drain(self.upgrade_drain(), keep_alive, signals).await {
+            Drained::Ended(ended) => (ended, false),
+            Drained::Told(stop) => (self.stop(stop, signals).await, true),
         }
     }
 
+    /// Returns how long what is under way may take behind an upgrade.
+    fn upgrade_drain(&self) -> Duration {
+        let snapshot = self.gateway.snapshot();
+        let config = snapshot.config();
+        let drain = config.upgrade.drain.unwrap_or(config.limits.stream_timeout);
+        drain.get()
+    }
+
     /// Waits for the end of the process that this one has succeeded, if it is still
-    /// finishing what it had under way: with the main process the service ends, and
-    /// whoever is left is killed.
-    async fn outlive(&self, signals: &mut Signals) {
+    /// finishing what it had under way. A service manager ends the service with its
+    /// main process, and sends a second signal to whoever is left: so nobody goes
+    /// before those that were there before him. `told`: this one was told to stop.
+    async fn outlive(&self, mut told: bool, signals: &mut Signals) {
         let mut alone = self.alone.subscribe();
-        if *alone.borrow() {
+        if *alone.borrow() || !ServiceManager::listens() {
             return;
         }
         log::info!("waiting for the process before this one to finish");
-        let drain = self.gateway.snapshot().config().shutdown.drain.get();
-        tokio::select! {
-            // The sender is here.
-            _ = alone.wait_for(|alone| *alone) => {}
-            () = sleep(drain + LAST_WORDS) => {}
-            _ = signals.next() => log::warn!("stopping at once: second signal"),
+        loop {
+            let most = match told {
+                true => self.gateway.snapshot().config().shutdown.drain.get(),
+                false => self.upgrade_drain(),
+            };
+            if told {
+                let manager = &self.gateway.resources.service_manager;
+                manager.stopping(most + LAST_WORDS + WORKERS_STOP);
+            }
+            tokio::select! {
+                // The sender is here.
+                _ = alone.wait_for(|alone| *alone) => return,
+                () = sleep(most + LAST_WORDS) => return,
+                _ = signals.next() => {}
+            }
+            if told {
+                log::warn!("stopping at once: second signal");
+                return;
+            }
+            told = true;
         }
     }
 
@@ -338,7 +377,7 @@ impl Course {
         }
         self.lifecycle().reach(Stage::Draining);
         self.sockets.close(&self.listen);
-        match self.drain(drain.get(), Instant::now(), signals).await {
+        match self.drain(drain.get(), ONE_MORE, signals).await {
             Drained::Ended(ended) => ended,
             Drained::Told(_) => {
                 log::warn!("stopping at once: second signal");
@@ -348,9 +387,22 @@ impl Course {
     }
 
     /// Waits until nothing is under way, so long at most.
-    async fn drain(&self, most: Duration, idle_until: Instant, signals: &mut Signals) -> Drained {
+    async fn drain(&self, most: Duration, one_more: Duration, signals: &mut Signals) -> Drained {
+        let mut died = self.successor_died.subscribe();
+        let nobody_serves = async {
+            // The sender is here.
+            died.wait_for(|died| *died).await.ok();
+            // Without a manager nobody would start it anew.
+            if !ServiceManager::listens() {
+                std::future::pending::<()>().await;
+            }
+        };
         tokio::select! {
-            () = self.idle(idle_until) => Drained::Ended(Ended::Idle),
+            () = nobody_serves => {
+                log::warn!("stopping at once, so that the service is started anew");
+                Drained::Ended(Ended::Early)
+            }
+            () = self.idle(one_more) => Drained::Ended(Ended::Idle),
             () = sleep(most) => {
                 log::warn!(
                     "the time to drain is over, requests_in_flight={}",
@@ -363,17 +415,19 @@ impl Course {
     }
 
     /// Waits until nothing is under way: no request, no answer that is not yet
-    /// sent. Connections that wait for their client are closed then, from
-    /// `idle_until` on.
-    async fn idle(&self, idle_until: Instant) {
+    /// sent. Connections that wait for their client are closed when none has asked
+    /// for `one_more`.
+    async fn idle(&self, one_more: Duration) {
         let write_timeout = self.gateway.snapshot().config().limits.write_timeout.get();
         let mut done = None;
         let mut quiet = None;
+        let mut asked = Instant::now();
         loop {
             let now = Instant::now();
             if self.lifecycle().requests() > 0 {
+                asked = now;
                 (done, quiet) = (None, None);
-            } else if now < idle_until && !self.connections.is_empty() {
+            } else if now < asked + one_more && !self.connections.is_empty() {
                 quiet = None;
             } else {
                 // Who does not read has as long as at any time.
@@ -384,8 +438,10 @@ impl Course {
                 } else {
                     self.connections.stop_idle();
                     let quiet_since = *quiet.get_or_insert(now);
-                    let is_over =
-                        self.connections.is_empty() && self.lifecycle().admin_requests() == 0;
+                    // Who was accepted a moment ago may not be counted yet.
+                    let is_over = now >= quiet_since + SETTLED
+                        && self.connections.is_empty()
+                        && self.lifecycle().admin_requests() == 0;
                     if is_over || now >= quiet_since + PARTING {
                         return;
                     }
@@ -398,7 +454,7 @@ impl Course {
     /// Tells everybody who is left that it ends, and waits until they are told.
     async fn end_early(&self) {
         self.lifecycle().reach(Stage::Ending);
-        if timeout(LAST_WORDS, self.idle(Instant::now()))
+        if timeout(LAST_WORDS, self.idle(Duration::ZERO))
             .await
             .is_err()
         {

@@ -72,6 +72,10 @@ pub enum StartError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// It handed over to a process that is no more: whoever started the first is to
+    /// start it again.
+    #[error("the process that took over has died")]
+    SuccessorDied,
     /// The process before this one gives nothing away.
     #[error("the listeners were not handed over")]
     NotHandedOver(#[source] std::io::Error),
@@ -81,7 +85,7 @@ pub enum StartError {
 /// taken over, once all else is ready.
 ///
 /// # Errors
-/// [`StartError`] before anything was served.
+/// [`StartError`]: before anything was served, or when nobody serves any more.
 pub(crate) fn run(
     gateway: Arc<Gateway>,
     log: Arc<LogHandle>,
@@ -191,11 +195,13 @@ pub(crate) fn run(
     let listeners = addresses.len();
     drop(snapshot);
     let resources = Arc::clone(&gateway.resources);
+    let successor_died = watch::Sender::new(false);
     let course = Course {
         gateway,
         connections,
         sockets,
         alone: watch::Sender::new(predecessor.is_none()),
+        successor_died: successor_died.clone(),
         predecessor,
         program: Program::this(),
         listen,
@@ -211,6 +217,9 @@ pub(crate) fn run(
         log::warn!("not everything was written before the end");
     }
     log::info!("forebay stopped");
+    if *successor_died.borrow() {
+        return Err(StartError::SuccessorDied);
+    }
     Ok(())
 }
 

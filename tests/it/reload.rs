@@ -87,7 +87,6 @@ async fn a_swapped_link_is_taken_as_kubernetes_swaps_it() {
 #[tokio::test]
 async fn sighup_and_post_reload_read_everything_anew() {
     let gpu = sim("gpu-1").await;
-    // The file of a secret is read only when asked for.
     let yaml = one_group(&[&gpu]).replace("url:", "key: file:gpu.key, url:");
     let gateway = Gateway::start_with(&yaml, &[("gpu.key", "key-1")], &[]).await;
     let key = gateway.folder.path().join("gpu.key");
@@ -100,13 +99,23 @@ async fn sighup_and_post_reload_read_everything_anew() {
             .unwrap()
     };
     assert_eq!(sent().await, "Bearer key-1");
+    // The file of a secret is watched, like all others.
     fs::write(&key, "key-2").unwrap();
-    gateway.signal("HUP");
     eventually("the second key is used", async || {
         sent().await == "Bearer key-2"
     })
     .await;
+    let before = version(&gateway).await;
+    gateway.signal("HUP");
     gateway.logged("SIGHUP").await;
+    eventually("it is read again", async || {
+        version(&gateway).await > before
+    })
+    .await;
+    // One that is gone leaves the old one in use, and says so.
+    fs::remove_file(&key).unwrap();
+    gateway.logged("gpu.key cannot be read").await;
+    assert_eq!(sent().await, "Bearer key-2");
     fs::write(&key, "key-3").unwrap();
     assert_eq!(gateway.reload().await.status, 200);
     assert_eq!(sent().await, "Bearer key-3");

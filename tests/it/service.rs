@@ -82,6 +82,60 @@ async fn it_is_told_what_becomes_of_the_process_in_order() {
 }
 
 #[tokio::test]
+async fn it_is_told_so_too_where_its_socket_has_an_abstract_name() {
+    use std::os::linux::net::SocketAddrExt as _;
+    let name = format!("forebay-test-{}", std::process::id());
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
+    let socket = std::os::unix::net::UnixDatagram::bind_addr(&address).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let manager = Manager {
+        socket: UnixDatagram::from_std(socket).unwrap(),
+        path: format!("@{name}"),
+    };
+    let gpu = sim("gpu-1").await;
+    let env = [("NOTIFY_SOCKET", &*manager.path)];
+    let _gateway = Gateway::start_with(&one_group(&[&gpu]), &[], &env).await;
+    assert_eq!(manager.news().await[0], "READY=1");
+}
+
+#[tokio::test]
+async fn where_a_successor_dies_the_old_process_makes_room_for_a_new_start() {
+    let gpu = sim("gpu-1").await;
+    gpu.fault("gap=50;tokens=100000").await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let manager = Manager::new(folder.path());
+    let env = [("NOTIFY_SOCKET", &*manager.path)];
+    let mut gateway = Gateway::start_with(&one_group(&[&gpu]), &[], &env).await;
+    let mut stream = Connection::open(gateway.addr).await;
+    let body = chat_stream("demo").replacen('{', "{\"max_tokens\":90000,", 1);
+    stream
+        .request("POST", "/v1/chat/completions", &[], body.as_bytes())
+        .await;
+    stream.read_until("data: ").await;
+    gateway.signal("USR2");
+    gateway.logged("upgraded: successor=").await;
+    let successor = gateway.successors()[0].to_string();
+    let killed = std::process::Command::new("kill")
+        .args(["-KILL", &successor])
+        .status();
+    assert!(killed.unwrap().success());
+    let answer = stream.answer().await;
+    assert!(
+        answer.text().contains("server_shutdown"),
+        "{}",
+        answer.text()
+    );
+    let mut status = None;
+    eventually("the process has ended", || {
+        status = gateway.exited();
+        let ended = status.is_some();
+        async move { ended }
+    })
+    .await;
+    assert_eq!(status.unwrap().code(), Some(1), "it is to be started again");
+}
+
+#[tokio::test]
 async fn it_is_told_that_the_process_lives_as_long_as_it_asks_for_that() {
     let gpu = sim("gpu-1").await;
     let folder = tempfile::tempdir().unwrap();
@@ -100,7 +154,7 @@ async fn it_is_told_that_the_process_lives_as_long_as_it_asks_for_that() {
 #[tokio::test]
 async fn a_successor_is_announced_by_the_process_that_it_follows() {
     let gpu = sim("gpu-1").await;
-    gpu.fault("gap=10;tokens=1000").await.unwrap();
+    gpu.fault("gap=20;tokens=1000").await.unwrap();
     let folder = tempfile::tempdir().unwrap();
     let manager = Manager::new(folder.path());
     let yaml = format!("shutdown: {{ lame_duck: 0s }}\n{}", one_group(&[&gpu]));
@@ -120,18 +174,22 @@ async fn a_successor_is_announced_by_the_process_that_it_follows() {
         .await;
     stream.read_until("data: ").await;
 
-    let mut upgrade = command();
-    upgrade.args(["upgrade", "-c"]).arg(gateway.config_file());
-    let upgraded = tokio::task::spawn_blocking(move || upgrade.output().unwrap());
-    assert!(upgraded.await.unwrap().status.success());
-    let health = get(gateway.admin, "/health").await.json();
-    let successor = health["pid"].as_u64().unwrap();
-    assert_eq!(manager.news().await, [format!("MAINPID={successor}")]);
-    assert_eq!(manager.news().await[0], "READY=1");
-    // The watchdog's variables of the old process do not silence the new one.
-    assert_eq!(manager.next().await, ["WATCHDOG=1"]);
+    let mut successor = 0;
+    for _ in 0..2 {
+        let mut upgrade = command();
+        upgrade.args(["upgrade", "-c"]).arg(gateway.config_file());
+        let upgraded = tokio::task::spawn_blocking(move || upgrade.output().unwrap());
+        assert!(upgraded.await.unwrap().status.success());
+        let health = get(gateway.admin, "/health").await.json();
+        successor = health["pid"].as_u64().unwrap();
+        assert_eq!(manager.news().await, [format!("MAINPID={successor}")]);
+        assert_eq!(manager.news().await[0], "READY=1");
+        // The watchdog's variables of the old process do not silence the new one.
+        assert_eq!(manager.next().await, ["WATCHDOG=1"]);
+    }
 
-    // Stopped, it stays until the old one is done: with it the service would end.
+    // Stopped, it stays until the first is done, though the second has nothing to do:
+    // with it the service would end.
     let pid = successor.to_string();
     let kill = |signal: &'static str| {
         let pid = pid.clone();
@@ -141,9 +199,12 @@ async fn a_successor_is_announced_by_the_process_that_it_follows() {
     };
     assert!(kill("-TERM").unwrap().success());
     assert_eq!(manager.news().await[0], "STOPPING=1");
-    gateway
-        .logged("waiting for the process before this one to finish")
-        .await;
+    eventually("both wait", || {
+        let log = gateway.log();
+        let waits = "waiting for the process before this one to finish";
+        async move { log.matches(waits).count() == 2 }
+    })
+    .await;
     assert!(gateway.exited().is_none());
     let answer = stream.answer().await;
     assert_eq!(answer.events().last().unwrap(), "[DONE]");

@@ -15,7 +15,7 @@ use std::{
 
 use futures_util::FutureExt as _;
 use tokio::{
-    sync::{broadcast, mpsc},
+    sync::{broadcast, mpsc, watch},
     task::JoinSet,
     time::{MissedTickBehavior, interval},
 };
@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     events::{Change, Event},
+    lifecycle::State,
     metrics::Metrics,
     outbound::Outbound,
     resources::Resources,
@@ -154,6 +155,7 @@ impl Desk {
         let thread = Thread {
             desk: Arc::clone(this),
             metrics: Arc::clone(&resources.metrics),
+            process: resources.lifecycle.states(),
         };
         thread::Builder::new()
             .name("alert".to_owned())
@@ -171,6 +173,7 @@ impl Desk {
 struct Thread {
     desk: Arc<Desk>,
     metrics: Arc<Metrics>,
+    process: watch::Receiver<State>,
 }
 
 impl Thread {
@@ -239,6 +242,10 @@ impl Thread {
     }
 
     fn due(&self) -> Vec<(Arc<Post>, Alert)> {
+        // Whoever serves in its place tells.
+        if self.process.borrow().successor.is_some() {
+            return Vec::new();
+        }
         let now = Instant::now();
         let mut due = Vec::new();
         let mut seats = self.desk.lock();
