@@ -610,9 +610,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_disk_that_makes_nothing_safe_holds_up_no_line() {
-        let dir = tempfile::tempdir().unwrap();
+    fn folder_in(dir: &Path) -> Arc<Folder> {
         let settings = Settings {
             zone: Zone::Utc,
             sync: Duration::ZERO,
@@ -621,7 +619,13 @@ mod tests {
             max_age: None,
             max_size: None,
         };
-        let folder = Folder::of(dir.path().to_owned(), &settings, &Resources::default());
+        Folder::of(dir.to_owned(), &settings, &Resources::default())
+    }
+
+    #[test]
+    fn a_disk_that_makes_nothing_safe_holds_up_no_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = folder_in(dir.path());
         let live = folder.live();
         // Nobody ever takes what is asked for here.
         let (syncer, _duties) = Syncer::new(&live.account);
@@ -651,15 +655,7 @@ mod tests {
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
         set(dir.path(), 0o755);
         set(&images, 0o775);
-        let settings = Settings {
-            zone: Zone::Utc,
-            sync: Duration::ZERO,
-            min_free: 0,
-            compress: false,
-            max_age: None,
-            max_size: None,
-        };
-        let folder = Folder::of(dir.path().to_owned(), &settings, &Resources::default());
+        let folder = folder_in(dir.path());
         let live = folder.live();
         let (syncer, _duties) = Syncer::new(&live.account);
         let mut writer = Writer::new(&live, syncer);
